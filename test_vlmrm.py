@@ -1,0 +1,711 @@
+"""What this repository promises, one promise a test. References are computed here, in another way than in the code."""
+import copy
+import csv
+import functools
+import importlib.util
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import vlmrm            # first: it chooses MuJoCo's renderer, and imports torch and open_clip before there is one
+import sac
+import gymnasium
+import mujoco
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn as nn
+from PIL import Image
+from safetensors.torch import save_file
+
+ROOT = Path(vlmrm.__file__).parent
+KNEELING = "a humanoid robot kneeling"
+
+
+def close(actual, expected, atol):
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The reward
+
+
+def reference_reward(states, goal, baseline, alpha):
+    """Equation (3), one state at a time, in float64."""
+    states, g, b = (np.asarray(x, float) / np.linalg.norm(x, axis=-1, keepdims=True) for x in (states, goal, baseline))
+    line, rewards = g - b, []
+    for s in states:
+        projection = b + np.dot(s - b, line) / np.linalg.norm(line) ** 2 * line
+        rewards.append(1 - 0.5 * np.linalg.norm(alpha * projection + (1 - alpha) * s - g) ** 2)
+    return np.array(rewards)
+
+
+def embeddings():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator) for shape in ((64, 512), (512,), (512,))]
+
+
+@pytest.mark.parametrize("alpha", [0, .25, .5, .75, 1])
+def test_reward_is_equation_3_for_embeddings_of_any_norm(alpha):
+    state, goal, baseline = embeddings()
+    expected = reference_reward(state, goal, baseline, alpha)
+    close(vlmrm.goal_baseline_reward(state, goal, baseline, alpha), expected, 1e-6)
+    close(vlmrm.goal_baseline_reward(7 * state, 0.1 * goal, 30 * baseline, alpha), expected, 1e-6)
+
+
+def test_clip_reward_is_the_cosine_and_equation_3_at_alpha_0():
+    state, goal, baseline = embeddings()
+    s, g = state.double().numpy(), goal.double().numpy()
+    close(vlmrm.clip_reward(state, goal), s @ g / np.linalg.norm(s, axis=1) / np.linalg.norm(g), 1e-6)
+    close(vlmrm.goal_baseline_reward(state, goal, baseline, 0), vlmrm.clip_reward(state, goal), 1e-6)
+
+
+def test_alpha_1_reads_nothing_but_the_place_along_the_line():
+    """L runs through (1, 0, 0), the goal, and (0, 1, 0). Unit vectors with x - y = .4 all project on (.7, .3, 0), whose
+    squared distance to the goal is .18."""
+    state = torch.tensor([[.4, 0, .84**.5], [.2, -.2, .92**.5], [.7, .3, -.42**.5]])
+    close(vlmrm.goal_baseline_reward(state, torch.eye(3)[0], torch.eye(3)[1], 1), [0.91] * 3, 1e-6)
+
+
+def test_reward_refuses_alpha_outside_0_to_1_and_a_line_through_one_point():
+    state, goal, baseline = embeddings()
+    for alpha in -0.01, 1.01, float("nan"):
+        with pytest.raises(ValueError, match="alpha"):
+            vlmrm.goal_baseline_reward(state, goal, baseline, alpha)
+    with pytest.raises(ValueError, match="alpha 0"):
+        vlmrm.goal_baseline_reward(state, goal, 2 * goal, 0.5)
+    close(vlmrm.goal_baseline_reward(state, goal, goal, 0), vlmrm.clip_reward(state, goal), 1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# CLIP: models of three kinds with random weights, saved as folders: all of a downloaded model but its knowledge
+
+
+def architecture(kind):
+    if kind == "ViT-B-32":
+        preprocess = dict(mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD, resize_mode="shortest")
+        return open_clip.get_model_config(kind), preprocess
+    preprocess = dict(mean=[0.5] * 3, std=[0.5] * 3, resize_mode="squash" if kind == "SigLIP" else "longest")
+    if kind == "padding":
+        return json.loads((ROOT / "tinyclip/open_clip_config.json").read_text())["model_cfg"], preprocess
+    config = open_clip.get_model_config("ViT-B-16-SigLIP") | dict(embed_dim=192)            # made small
+    config["vision_cfg"]["timm_model_name"] = "vit_tiny_patch16_224"
+    config["text_cfg"].update(width=192, heads=3, layers=2)
+    config["text_cfg"].pop("hf_tokenizer_name")                                 # a download; open_clip's own has
+    config["text_cfg"]["vocab_size"] = 49408
+    return config, preprocess
+
+
+@pytest.fixture(scope="module", params=["ViT-B-32", "SigLIP", "padding"])
+def saved(request, tmp_path_factory):
+    folder, (config, preprocess) = tmp_path_factory.mktemp(request.param), architecture(request.param)
+    settings = dict(model_cfg=config, preprocess_cfg=preprocess | dict(interpolation="bicubic"))
+    (folder / "open_clip_config.json").write_text(json.dumps(settings))
+    torch.manual_seed(0)
+    model = (open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP)(**config)
+    weights = {key: value.half().contiguous() for key, value in model.state_dict().items()}
+    save_file(weights, folder / "open_clip_model.safetensors")
+    yield f"local-dir:{folder}"
+    shutil.rmtree(folder)
+
+
+@functools.cache
+def frames(height, width, count=3):
+    env, result = vlmrm.Humanoid(vlmrm.Scene((height, width))), []
+    env.reset(seed=0)
+    env.action_space.seed(0)
+    for _ in range(count):
+        for _ in range(20):
+            env.step(env.action_space.sample())
+        result.append(env.render())
+    return np.stack(result)
+
+
+def test_preprocessing_agrees_with_open_clips_own_for_frames_of_any_size(saved):
+    """The largest differences measured, in normalised units and fp32: 0 for frames of the model's own size; for others
+    0.015 with "shortest" (std 0.26), 0.008 with "squash" and "longest" (std 0.5): one grey level, Pillow's rounding."""
+    clip, theirs = vlmrm.CLIP(saved), open_clip.create_model_and_transforms(saved)[2]
+    for size in (224, 224), (96, 96), (480, 480), (320, 480), (240, 427), (97, 131):
+        expected = torch.stack([theirs(Image.fromarray(frame)) for frame in frames(*size)])
+        worst = ((clip.preprocess(frames(*size)) - expected).abs() * clip.std).max() * 255
+        assert worst <= (1e-4 if size == clip.size else 1.01), f"{size}: {worst:.1f} grey levels"
+
+
+def test_image_embeddings_are_unit_vectors_whatever_the_batch(saved):
+    clip, images = vlmrm.CLIP(saved), frames(224, 224, 5)
+    together = clip.embed_images(images)
+    close(together.norm(dim=1), np.ones(5), 1e-5)
+    close(clip.embed_images(images, batch_size=2), together, 1e-5)
+    close(clip.embed_images(torch.from_numpy(images[3:4])), together[3:4], 1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0, 0.5])
+def test_bf16_rewards_are_close_to_fp32_rewards(saved, alpha):
+    full, half = (vlmrm.VLMReward(vlmrm.CLIP(saved, precision=p), KNEELING, alpha=alpha)(frames(224, 224))
+                  for p in ("fp32", "bf16"))
+    assert half.dtype == np.float32
+    close(half, full, 2e-2)
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return vlmrm.CLIP()
+
+
+def test_embedded_model_is_an_ordinary_local_dir_of_at_most_6_million_bytes(clip):
+    folder = ROOT / "tinyclip"
+    assert set(json.loads((folder / "open_clip_config.json").read_text())) == {"model_cfg", "preprocess_cfg"}
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    images = torch.stack([preprocess(Image.fromarray(frame)) for frame in frames(*clip.size)])
+    with torch.inference_mode():
+        close(clip.embed_images(frames(*clip.size)), model.eval().encode_image(images, normalize=True), 1e-5)
+    assert sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) <= 6_000_000
+
+
+def test_several_prompts_are_averaged(clip):
+    one, two = clip.embed_text(KNEELING), clip.embed_text("a robot on its knees")
+    both = clip.embed_text([KNEELING, "a robot on its knees"])
+    close(both, (one + two) / (one + two).norm(), 1e-6)
+    reward = vlmrm.VLMReward(clip, [KNEELING, "a robot on its knees"], "a robot", alpha=0.3)
+    expected = reference_reward(clip.embed_images(frames(96, 96)), both, clip.embed_text("a robot"), 0.3)
+    close(reward(frames(96, 96)), expected, 1e-6)
+
+
+def test_prompt_that_just_fits_is_read_and_a_longer_one_is_refused(clip):
+    words = clip.tokenizer(["robot"]).shape[1] - 2                              # besides the start and the end
+    clip.embed_text(" ".join(["robot"] * words))
+    for count in words + 1, 10 * words:
+        with pytest.raises(ValueError, match="tokens"):
+            clip.embed_text(" ".join(["robot"] * count))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The scene
+
+
+def test_physics_is_gymnasiums_to_the_last_bit_and_drawing_does_not_change_it():
+    theirs = gymnasium.make("Humanoid-v5", terminate_when_unhealthy=False)
+    ours = vlmrm.make_envs(vlmrm.Scene(), count=1)
+    np.testing.assert_array_equal(ours.reset(seed=7)[0][0], theirs.reset(seed=7)[0])
+    theirs.action_space.seed(0)
+    for _ in range(50):
+        action = theirs.action_space.sample()
+        ours.render()
+        np.testing.assert_array_equal(ours.step(action[None])[0][0], theirs.step(action)[0])
+
+
+def test_episodes_never_terminate_and_truncate_at_step_100():
+    envs = vlmrm.make_envs(vlmrm.Scene(), vlmrm.kneeling, count=2)
+    envs.reset(seed=0)
+    for step in range(1, 101):
+        _, _, terminated, truncated, info = envs.step(np.full((2, 17), -0.4))
+        assert not terminated.any() and truncated.tolist() == [step == 100] * 2 and info["success"].dtype == bool
+    assert envs.envs[0].unwrapped.data.qpos[2] < 0.7                            # although it has long fallen
+
+
+def picture(scene, x=0., y=0., z=1.4):
+    data = mujoco.MjData(scene.model)
+    data.qpos[:3] = x, y, z
+    return scene.render(data).astype(int)
+
+
+def centre(scene, x=0., y=0., z=1.4):
+    """(row, column) of the robot in the picture: the mean of the pixels that change when it is taken out of sight."""
+    return np.argwhere((picture(scene, x, y, z) != picture(scene, x, y, 100)).any(-1)).mean(0)
+
+
+@pytest.mark.parametrize("size", [(96, 96), (224, 224), (64, 120)])
+def test_frames_are_uint8_of_the_size_asked_for_and_repeat_exactly(size):
+    scene, data = vlmrm.Scene(size), mujoco.MjData(vlmrm.Scene(size).model)
+    first = scene.render(data).copy()
+    assert first.dtype == np.uint8 and first.shape == (*size, 3) and first.std() > 10
+    np.testing.assert_array_equal(scene.render(data), first)
+    np.testing.assert_array_equal(vlmrm.Scene(size).render(data), first)
+
+
+@pytest.mark.parametrize("look", ["realistic", "original"])
+def test_camera_shows_height_and_follows_the_robot_over_the_floor(look):
+    scene = vlmrm.Scene((96, 96), look)
+    assert centre(scene, z=1.0)[0] > centre(scene)[0] + 5                       # 0.4 m lower is lower in the picture
+    close(centre(scene, x=1.5, y=-0.7), centre(scene), 1)
+
+
+def test_the_original_look_is_another():
+    assert np.abs(picture(vlmrm.Scene()) - picture(vlmrm.Scene(look="original"))).mean() > 10
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The tasks: poses placed by hand. In degrees; a joint named without a side is both sides'.
+
+
+def arms(shoulder1, shoulder2, elbow):
+    return dict(right_shoulder1=shoulder1, right_shoulder2=shoulder2, right_elbow=elbow,
+                left_shoulder1=-shoulder1, left_shoulder2=-shoulder2, left_elbow=elbow)
+
+
+RAISED, ON_HIPS, CROSSED, HANGING = arms(-75, -5, -30), arms(45, -55, -30), arms(55, 35, -80), arms(45, -35, -80)
+ASIDE, FORWARD, ON_CHEST, DOWN = arms(-55, -55, -50), arms(5, -5, 0), arms(55, -65, 40), arms(25, -45, -85)
+ONE_RAISED = HANGING | {joint: angle for joint, angle in RAISED.items() if joint.startswith("left")}
+STAND, KNEEL, ON_HEELS = dict(knee=-2), dict(knee=-90), dict(hip_y=-60, knee=-150)
+ONE_KNEE = dict(left_knee=-90, right_hip_y=-90, right_knee=-90)
+ONE_LEG, LEG_BEHIND = STAND | dict(right_hip_y=-60, right_knee=-80), STAND | dict(right_hip_y=5, right_knee=-110)
+CROUCH, SQUAT = dict(hip_y=-40, knee=-80), dict(hip_y=-95, knee=-125, abdomen_y=-30, pitch=15)
+ALL_FOURS, LYING = dict(hip_y=-90, knee=-90, abdomen_y=10, pitch=85), dict(knee=-2, pitch=88)
+LOTUS = dict(hip_x=-5, hip_z=-55, hip_y=-60, knee=-155)
+LOTUS_LEANING = dict(hip_x=-15, hip_z=-55, hip_y=-85, knee=-155, pitch=15, abdomen_y=20)
+SPLITS, STRADDLE = dict(hip_x=-25, hip_z=-60, hip_y=-80, knee=-2), dict(hip_x=-15, hip_z=-35, hip_y=-85, knee=-5)
+SIT, IN_THE_AIR, TIPPED = dict(hip_y=-85, knee=-5), dict(lift=.3), dict(pitch=60)
+SCENE = vlmrm.Scene()
+
+
+def place(pitch=0, lift=0, **pose):
+    """The simulator's state with the robot in a pose, its lowest point `lift` metres above the floor."""
+    model, data = SCENE.model, mujoco.MjData(SCENE.model)
+    for name, angle in pose.items():
+        for joint in [name] if name.startswith(("left", "right", "abdomen")) else [f"left_{name}", f"right_{name}"]:
+            assert model.joint(joint).range[0] - 1e-6 <= np.deg2rad(angle) <= model.joint(joint).range[1] + 1e-6, joint
+            data.joint(joint).qpos[0] = np.deg2rad(angle)
+    data.qpos[3:7] = np.cos(np.deg2rad(pitch / 2)), 0, np.sin(np.deg2rad(pitch / 2)), 0
+    mujoco.mj_kinematics(model, data)
+    half_length = np.where(model.geom_type == mujoco.mjtGeom.mjGEOM_CAPSULE, model.geom_size[:, 1], 0)
+    lowest = data.geom_xpos[:, 2] - model.geom_size[:, 0] - half_length * np.abs(data.geom_xmat[:, 8])
+    data.qpos[2] += lift - lowest[1:].min()                                     # geom 0 is the floor
+    return data
+
+
+def standing(*arms):
+    return [STAND | arm for arm in arms]
+
+
+GOALS_AND_NEAR_MISSES = {
+    "kneeling": ([KNEEL, ON_HEELS, dict(hip_y=-15, knee=-110), KNEEL | RAISED],
+                 [ONE_KNEE, SQUAT, KNEEL | IN_THE_AIR, KNEEL | TIPPED, ALL_FOURS, LOTUS, STAND, SIT, LYING]),
+    "lotus": ([LOTUS, LOTUS_LEANING, LOTUS | RAISED],
+              [LOTUS | dict(right_hip_z=0), LOTUS | IN_THE_AIR, LOTUS | TIPPED, KNEEL, ON_HEELS, SIT, SPLITS]),
+    "standing": (standing({}, RAISED, HANGING, dict(pitch=10)),
+                 [*standing(IN_THE_AIR, TIPPED), ONE_LEG, LEG_BEHIND, CROUCH, SQUAT, KNEEL, LYING]),
+    "arms-raised": (standing(RAISED),
+                    [*standing(ONE_RAISED, ASIDE, FORWARD, HANGING), KNEEL | RAISED, ONE_LEG | RAISED]),
+    "splits": ([SPLITS, SPLITS | RAISED],
+               [SPLITS | dict(right_knee=-60), SPLITS | IN_THE_AIR, SPLITS | TIPPED, STRADDLE, SIT, LOTUS, KNEEL]),
+    "hands-on-hips": (standing(ON_HIPS), [*standing(ON_CHEST, HANGING, DOWN, CROSSED, ASIDE), KNEEL | ON_HIPS]),
+    "one-leg": ([ONE_LEG, LEG_BEHIND, ONE_LEG | RAISED],
+                [STAND, STAND | dict(right_knee=-20), ONE_LEG | IN_THE_AIR, ONE_LEG | TIPPED, ONE_KNEE, KNEEL, SQUAT]),
+    "arms-crossed": (standing(CROSSED), [*standing(FORWARD, ON_CHEST, HANGING, ON_HIPS, RAISED), KNEEL | CROSSED]),
+}
+
+
+@pytest.mark.parametrize("task", vlmrm.TASKS)
+def test_success_condition_accepts_the_goal_and_refuses_near_misses(task):
+    goals, near_misses = GOALS_AND_NEAR_MISSES[task]
+    accepted = [pose for pose in goals + near_misses if vlmrm.TASKS[task][1](vlmrm.measure(SCENE.model, place(**pose)))]
+    assert accepted == goals
+
+
+def test_a_pose_is_the_same_wherever_the_robot_stands_and_faces():
+    data = place(**ONE_LEG | CROSSED | dict(pitch=10))
+    here, before = vlmrm.measure(SCENE.model, data), data.qpos[3:7].copy()
+    data.qpos[:2] += 3, -2
+    mujoco.mju_mulQuat(data.qpos[3:7], np.array([np.cos(1), 0, 0, np.sin(1)]), before)      # turned by 2 radians
+    for one, other in zip(here, vlmrm.measure(SCENE.model, data)):
+        close(one, other, 1e-9)
+
+
+def test_success_rates_by_both_rules():
+    half, held, neither, almost_held = np.zeros((4, 100))
+    half[:50], held[80:], neither[51:99], almost_held[81:] = 1, 1, 1, 1
+    assert vlmrm.success_rates(np.stack([half, held, neither, almost_held])) == (0.25, 0.25)
+    assert vlmrm.success_rates(np.ones((3, 100))) == (1, 1)
+    assert np.isnan(vlmrm.success_rates(np.full((3, 100), np.nan))).all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# SAC
+
+
+def test_actors_log_probability_is_that_of_a_squashed_gaussian():
+    torch.manual_seed(0)
+    actor, obs = sac.Actor(6, 4, 32).double(), 3 * torch.randn(50, 6).double()
+    action, log_prob = actor(obs)
+    mean, log_std = actor.head(actor.body(obs)).chunk(2, -1)
+    normal = torch.distributions.Normal(mean, log_std.exp())
+    squashed = torch.distributions.TransformedDistribution(normal, torch.distributions.TanhTransform())
+    torch.testing.assert_close(log_prob, squashed.log_prob(action).sum(-1))
+    torch.testing.assert_close(actor(obs, deterministic=True)[0], mean.tanh())
+
+
+def plain_critics(twin):
+    """Two ordinary networks with a TwinCritic's weights."""
+    networks = []
+    for k in range(2):
+        layers = []
+        for weight, bias in zip(twin.weights, twin.biases):
+            linear = nn.Linear(*weight.shape[1:], dtype=weight.dtype)
+            linear.load_state_dict(dict(weight=weight[k].T, bias=bias[k, 0]))
+            layers += [linear, nn.LayerNorm(weight.shape[2], elementwise_affine=False), nn.ReLU()]
+        networks.append(nn.Sequential(*layers[:-2]))
+    return nn.ModuleList(networks)
+
+
+def q(networks, obs, action):
+    return [network(torch.cat([obs, action], -1)).squeeze(-1) for network in networks]
+
+
+def test_twin_critic_is_two_plain_networks():
+    twin, obs, action = sac.TwinCritic(6, 4, 32), torch.randn(50, 6), torch.randn(50, 4)
+    expected = torch.stack(q(plain_critics(twin), obs, action))
+    torch.testing.assert_close(twin(obs, action), expected, rtol=1e-5, atol=1e-6)
+
+
+def box(size, low=-1, high=1):
+    return gymnasium.spaces.Box(low, high, (size,), np.float32)
+
+
+def agent_and_batch(**settings):
+    """In float64, where no wrong term hides in rounding."""
+    agent = sac.SAC(box(5), box(3), sac.Config(hidden=32, **settings)).double()
+    agent.target.load_state_dict(sac.TwinCritic(5, 3, 32).state_dict())         # so that the target is not the critic
+    obs, action, next_obs = (torch.randn(64, n).double() for n in (5, 3, 5))
+    agent.norm.update(3 * obs + 1)
+    return agent, (obs, action.tanh(), torch.randn(64).double(), next_obs, (torch.rand(64) < 0.3).double())
+
+
+def test_one_update_is_the_equations_of_sac_written_out():
+    gamma, tau, rate = 0.9, 0.1, 1e-3
+    agent, batch = agent_and_batch(gamma=gamma, tau=tau, learning_rate=rate)
+    actor, critics, target = copy.deepcopy(agent.actor), plain_critics(agent.critic), plain_critics(agent.target)
+    log_temperature = agent.log_temperature.detach().clone().requires_grad_()
+    torch.manual_seed(1)
+    losses = agent.update(*batch)
+
+    def policy(obs):
+        mean, log_std = actor.head(actor.body(obs)).chunk(2, -1)
+        normal = torch.distributions.Normal(mean, log_std.exp())
+        u = mean + normal.stddev * torch.randn_like(mean)
+        return u.tanh(), (normal.log_prob(u) - (1 - u.tanh() ** 2).log()).sum(-1)
+
+    def descend(loss, parameters):
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
+            parameter.grad = gradient
+        torch.optim.Adam(parameters, rate).step()
+
+    torch.manual_seed(1)
+    obs, action, reward, next_obs, terminated = batch
+    obs, next_obs = ((x - agent.norm.mean) / agent.norm.var.sqrt() for x in (obs, next_obs))
+    with torch.no_grad():
+        next_action, next_log_prob = policy(next_obs)
+        value = torch.min(*q(target, next_obs, next_action)) - log_temperature.exp() * next_log_prob
+        y = reward + gamma * (1 - terminated) * value
+    critic_loss = sum(((value - y) ** 2).mean() for value in q(critics, obs, action))
+    descend(critic_loss, list(critics.parameters()))
+    new_action, log_prob = policy(obs)
+    actor_loss = (log_temperature.exp().detach() * log_prob - torch.min(*q(critics, obs, new_action))).mean()
+    descend(actor_loss, list(actor.parameters()))
+    descend(-(log_temperature.exp() * (log_prob.detach() - 3)).mean(), [log_temperature])   # -3: -dim(A)
+    for old, new in zip(target.parameters(), critics.parameters()):
+        old.data = (1 - tau) * old.data + tau * new.data
+
+    exactly = dict(rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close([losses["critic_loss"], losses["actor_loss"]], [critic_loss, actor_loss], **exactly)
+    torch.testing.assert_close(agent.log_temperature, log_temperature, **exactly)
+    pairs = (agent.actor, actor), (plain_critics(agent.critic), critics), (plain_critics(agent.target), target)
+    for ours, expected in pairs:
+        torch.testing.assert_close(list(ours.parameters()), list(expected.parameters()), **exactly)
+
+
+def test_termination_cuts_the_future_off():
+    agent, (obs, action, reward, next_obs, _) = agent_and_batch()
+    no_future = (agent.critic(obs, action) - reward).square().mean(1).sum()
+    torch.testing.assert_close(agent.critic_loss(obs, action, reward, next_obs, torch.ones_like(reward)), no_future)
+    assert (agent.critic_loss(obs, action, reward, next_obs, torch.zeros_like(reward)) - no_future).abs() > 1e-3
+
+
+def test_running_norm_has_the_mean_and_variance_of_all_batches():
+    rng, norm = np.random.default_rng(0), sac.RunningNorm(3).double()
+    batches = [rng.normal([5, -1, 0], [0.1, 3, 50], (n, 3)) for n in (1, 40, 7, 300)]
+    for batch in batches:
+        norm.update(torch.from_numpy(batch))
+    seen = np.concatenate(batches)
+    close(norm.mean, seen.mean(0), 1e-9)
+    close(norm.var, seen.var(0), 1e-9)
+    close(norm(torch.from_numpy(seen)), (seen - seen.mean(0)) / seen.std(0), 1e-5)
+    assert norm(torch.full((1, 3), 1e6)).tolist() == [[10, 10, 10]]
+
+
+def test_replay_buffer_overwrites_the_oldest_and_keeps_rows_together():
+    buffer = sac.ReplayBuffer(5, 1, 1)
+    for numbers, kept in ([0, 1, 2], {0, 1, 2}), ([3, 4, 5, 6], {2, 3, 4, 5, 6}):
+        buffer.add(*[torch.tensor(numbers).float()[:, None] + 10 * column for column in range(5)])
+        sample = buffer.sample(500)
+        assert len(buffer) == len(kept) and set(sample[0].flatten().tolist()) == kept
+        assert all(torch.equal(sample[column], sample[0] + 10 * column) for column in range(5))
+
+
+class Point(gymnasium.Env):
+    """A point in a square. Only its picture is rewarded: the nearer to the middle, the better."""
+    metadata, render_mode = dict(render_modes=["rgb_array"]), "rgb_array"
+    observation_space, action_space, ends = box(2), box(2, -0.3, 0.1), False
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.place = self.np_random.uniform(-1, 1, 2).astype(np.float32)
+        return self.place, {}
+
+    def step(self, action):
+        self.place = np.clip(self.place + action, -1, 1).astype(np.float32)
+        return self.place, -1.0, self.ends, False, {}
+
+    def render(self):
+        frame = np.zeros((41, 41, 3), np.uint8)
+        frame[tuple(np.rint(20 * (self.place + 1)).astype(int))] = 255
+        return frame
+
+
+def nearness(images):
+    row, column = np.divmod(images[..., 0].reshape(len(images), -1).argmax(1), 41)
+    return 1 - np.hypot(row - 20, column - 20) / 20
+
+
+def points(steps=20, env=Point):
+    def make():
+        return gymnasium.wrappers.TimeLimit(env(), steps)
+    return gymnasium.vector.SyncVectorEnv([make] * 8, autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED)
+
+
+def test_rollout_labels_the_frame_after_the_action_and_does_not_call_truncation_an_end():
+    envs, rng = points(steps=3), np.random.default_rng(0)
+    columns, last = sac.rollout(envs, envs.reset(seed=0)[0], lambda obs: rng.uniform(-1, 1, obs.shape), 8, nearness)
+    obs, action, reward, next_obs, terminated, done, success = columns
+    close(next_obs, np.clip(obs - 0.1 + 0.2 * action, -1, 1), 1e-6)             # also at the last step of an episode
+    close(reward, 1 - np.linalg.norm(next_obs, axis=-1), 0.036)                 # to half of a pixel's diagonal
+    assert np.abs(reward - (1 - np.linalg.norm(obs, axis=-1))).max() > 0.1
+    assert done.all(1).tolist() == [0, 0, 1, 0, 0, 1, 0, 0] and not terminated.any() and np.isnan(success).all()
+    same = (obs[1:] == next_obs[:-1]).all(-1)
+    np.testing.assert_array_equal(same, ~done[:-1])                             # a new episode starts elsewhere
+    np.testing.assert_array_equal(last, next_obs[-1])
+
+
+def test_rollout_reports_a_real_end():
+    envs = points(env=type("Ending", (Point,), dict(ends=True)))
+    terminated, done = sac.rollout(envs, envs.reset(seed=0)[0], np.zeros_like, 2, None)[0][4:6]
+    assert terminated.all() and done.all()
+
+
+def learn(steps, reward_fn=nearness, **settings):
+    defaults = dict(learning_starts=800, round_steps=20, batch_size=128, gamma=0.9, learning_rate=1e-3, hidden=64,
+                    eval_every=800, seed=3)
+    envs, eval_envs, rows, kept = points(), points(), [], None
+    config = sac.Config(steps=steps, **defaults | settings)
+    agent = sac.SAC(envs.single_observation_space, envs.single_action_space, config)
+    for row in sac.train(agent, envs, eval_envs, reward_fn):
+        rows.append(row)
+        kept = copy.deepcopy(agent.state_dict()) if row.get("best") else kept
+    return agent, rows, kept
+
+
+def test_sac_solves_a_task_that_it_sees_only_through_frames():
+    agent, rows, _ = learn(8_000)
+
+    def straight_to_the_middle(obs):
+        return (np.clip(-obs, -0.3, 0.1) + 0.1) / 0.2                           # -0.3..0.1 to -1..1
+    best, learned = (sac.evaluate(points(), act, nearness, episodes=64, seed=50_000, episode_steps=20)[0].mean()
+                     for act in (straight_to_the_middle, agent.best_action))
+    assert learned > best - 0.02 and rows[0]["reward"] < best - 0.3
+
+
+def test_one_seed_gives_one_run():
+    (one, rows, _), (two, same_rows, _), (_, other_rows, _) = learn(1_600), learn(1_600), learn(1_600, seed=4)
+    np.testing.assert_equal(rows, same_rows)
+    torch.testing.assert_close(one.state_dict(), two.state_dict(), rtol=0, atol=0)
+    assert rows[-1]["critic_loss"] != other_rows[-1]["critic_loss"]
+
+
+@pytest.mark.parametrize("trend", [1, -1])
+def test_checkpoint_that_is_kept_is_the_one_with_the_best_eval_reward(trend):
+    clock = itertools.count()
+    agent, rows, kept = learn(2_400, lambda images: np.full(len(images), trend * next(clock)))
+    evaluated = [row for row in rows if "eval_reward" in row]
+    assert len(evaluated) == 3 and [bool(row.get("best")) for row in evaluated] == [True, trend == 1, trend == 1]
+    torch.testing.assert_close(agent.state_dict(), kept, rtol=0, atol=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line: one short training, and what it leaves
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "kneeling"
+    quick = "--learning-starts 1600 --updates-per-step 0.5 --batch-size 128 --hidden 128 --eval-every 4800"
+    vlmrm.main(f"train --steps 16000 {quick} --episodes 16 --seed 0 --device cpu --out {out}".split())
+    return out
+
+
+@pytest.fixture
+def rows(run):
+    with open(run / "metrics.csv", newline="") as file:
+        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+@pytest.fixture
+def config(run):
+    return json.loads((run / "config.json").read_text())
+
+
+@pytest.fixture
+def result(run):
+    return json.loads((run / "result.json").read_text())
+
+
+def test_short_training_raises_the_clip_reward(rows):
+    rewards = [row["reward"] for row in rows]
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.04
+
+
+def test_run_leaves_its_settings_and_metrics(run, config, rows):
+    names = {"config.json", "metrics.csv", "policy.pt", "result.json", "curve.png", "video.gif"}
+    assert {file.name for file in run.iterdir()} == names
+    expected = dict(prompt=[KNEELING], baseline=["a humanoid robot"], task="kneeling", alpha=0.5, look="realistic",
+                    model=vlmrm.EMBEDDED_CLIP, device="cpu", steps=16_000, seed=0, hidden=128, **vlmrm.CAMERA)
+    assert config == config | expected
+    assert [row["steps"] for row in rows] == list(range(1600, 16_001, 1600))
+    assert all({"steps", "reward", "success", "success_held"} <= set(row) for row in rows)
+    assert {"eval_reward", "eval_success", "eval_success_held", "critic_loss", "actor_loss", "entropy"} <= set(rows[-1])
+    assert np.isfinite([value for row in rows for value in row.values()]).all()
+
+
+def test_result_holds_success_by_both_rules_and_the_references(result):
+    expected = dict(prompt=[KNEELING], task="kneeling", alpha=0.5, episodes=16, steps=16_000, seed=0)
+    assert result == result | expected
+    assert set(result["references"]) == {"zero action", "untrained network", "random policy"}
+    for scores in result, *result["references"].values():
+        assert 0 <= scores["success"] <= 1 and 0 <= scores["success_held"] <= 1
+
+
+def test_saved_policy_is_the_one_that_was_judged(run, config, result, clip):
+    envs = vlmrm.make_envs(vlmrm.Scene(clip.size), vlmrm.kneeling, config["envs"])
+    settings = sac.Config(hidden=config["hidden"], seed=99)
+    agent = sac.SAC(envs.single_observation_space, envs.single_action_space, settings)
+    agent.load_state_dict(torch.load(run / "policy.pt", weights_only=True))
+    reward_fn = vlmrm.VLMReward(clip, config["prompt"], config["baseline"], config["alpha"])
+    rewards, success = sac.evaluate(envs, agent.best_action, reward_fn, episodes=16, seed=2 * 10**9, episode_steps=100)
+    close(rewards.mean(), result["reward"], 1e-6)
+    assert vlmrm.success_rates(success) == (result["success"], result["success_held"])
+
+
+def test_curve_and_video_can_be_seen(run):
+    with Image.open(run / "curve.png") as curve, Image.open(run / "video.gif") as video:
+        assert np.asarray(curve.convert("L")).std() > 10
+        assert video.n_frames > 50 and video.size == (480, 240)
+        first = np.asarray(video.convert("RGB"), float)
+        video.seek(30)
+        assert np.abs(np.asarray(video.convert("RGB"), float) - first).mean() > 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mistakes end in one line that says what to do
+
+
+@pytest.fixture
+def error(tmp_path):
+    def message_of(*arguments):
+        with pytest.raises(SystemExit) as caught:
+            vlmrm.main(["train", "--out", str(tmp_path / "run"), *map(str, arguments)])
+        message = str(caught.value)
+        assert message.startswith("error: ") and "\n" not in message and not (tmp_path / "run").exists()
+        return message
+    return message_of
+
+
+@pytest.mark.parametrize("model", ["RN50/openai", "ViT-B-32/laion2b_s34b_b79k", "hf-hub:someone/some-clip"])
+def test_error_when_weights_cannot_be_downloaded(model, error, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise OSError("cannot reach the hub\n(a second line)")
+    for name in "download_pretrained", "download_pretrained_from_hf":
+        monkeypatch.setattr(open_clip.factory, name, unreachable)
+    message = error("--model", model)
+    assert model in message and "embedded" in message and "local-dir" in message
+
+
+def test_error_for_an_unknown_model_names_the_nearest(error):
+    assert "ViT-B-32/laion2b_s34b_b79k" in error("--model", "ViT-B-32/laion2b_s34b_b97k")
+    assert "ViT-bigG-14/" in error("--model", "ViT-bigG-14")
+
+
+def test_error_for_a_folder_without_a_model(error, tmp_path):
+    assert "open_clip_config.json" in error("--model", f"local-dir:{tmp_path / 'missing'}")
+    shutil.copy(ROOT / "tinyclip/open_clip_config.json", tmp_path)
+    assert "weights" in error("--model", f"local-dir:{tmp_path}")
+    (tmp_path / "open_clip_model.safetensors").write_bytes(b"something else")
+    assert str(tmp_path) in error("--model", f"local-dir:{tmp_path}")
+
+
+def test_error_for_a_reward_that_makes_no_sense(error):
+    for alpha in -0.1, 1.5:
+        assert "[0, 1]" in error("--alpha", alpha)
+    assert "alpha 0" in error("a humanoid robot")                               # the goal is the baseline
+    for prompts in [""], ["  "], [KNEELING, "--baseline", ""]:
+        assert "empty prompt" in error(*prompts)
+    assert "tokens" in error("a humanoid robot " + "kneeling down very slowly " * 50)
+
+
+def test_error_without_opengl(error, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("no display\n(a second line)")
+    monkeypatch.setattr(mujoco, "Renderer", refuse)
+    message = error()
+    assert "libegl1" in message and "MUJOCO_GL" in message
+
+
+def test_a_run_is_not_replaced_unasked_nor_by_a_command_that_is_wrong(error, tmp_path):
+    (tmp_path / "policy.pt").write_text("hours of work")
+    assert "--overwrite" in error("--out", tmp_path)
+    error("--out", tmp_path, "--overwrite", "--alpha", 2)
+    assert (tmp_path / "policy.pt").read_text() == "hours of work"
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(MUJOCO_GL="absent")])        # where importing MuJoCo fails
+def test_user_sees_one_line_and_no_traceback(settings, tmp_path):
+    command = [sys.executable, ROOT / "vlmrm.py", "train", "--alpha", "2", "--out", tmp_path / "run"]
+    process = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
+    assert process.returncode == 1 and "Traceback" not in process.stderr
+    assert process.stderr.strip().splitlines()[-1].startswith("error: ")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# How the embedded model is made
+
+
+@pytest.fixture(scope="module")
+def make():
+    spec = importlib.util.spec_from_file_location("make", ROOT / "tinyclip/make.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_captions_are_true_of_their_own_frame_and_the_bare_baseline_of_all(make):
+    rng = np.random.default_rng(0)
+    labels = rng.integers([len(make.LEGS), len(make.ARMS), len(make.TRUNK)], size=(400, 3))
+    sentences, says = make.write_captions(labels, rng)
+    true, bare = make.truth(labels, says), (says == 0).all(1)
+    assert true.shape == (400, 400) and true.diagonal().all() and true.mean() < 0.5
+    assert bare.any() and true[:, bare].all() and {sentences[i] for i in np.flatnonzero(bare)} <= set(make.SUBJECTS)
+
+
+@pytest.mark.parametrize("pose, names", [
+    (STAND | RAISED, "stand raised upright"), (STAND | CROSSED, "stand crossed upright"),
+    (SPLITS, "splits any upright"), (ONE_LEG | ON_HIPS, "one_leg hips upright"), (KNEEL | DOWN, "kneel down upright"),
+    (SQUAT, "squat any any"),
+    (ON_HEELS | ONE_RAISED, "heels one_raised upright"), (ONE_KNEE | ASIDE, "one_knee sides upright"),
+    (LOTUS | FORWARD, "lotus forward upright"), (ALL_FOURS, "fours any lying"), (STRADDLE, "straddle any upright"),
+    (STAND | IN_THE_AIR, "air any upright")])
+def test_captioner_names_poses_placed_by_hand(make, pose, names):
+    labels = make.label(place(**pose).qpos[None].copy())[0]
+    for expected, known, label in zip(names.split(), (make.LEGS, make.ARMS, make.TRUNK), labels):
+        assert expected in ("any", known[label])

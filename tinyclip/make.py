@@ -1,0 +1,533 @@
+"""Makes the embedded CLIP in this folder from nothing: python tinyclip/make.py, under an hour on 2 cores, no downloads.
+
+What it is, plainly: a stand-in, trained on captioned pictures of this very robot, including rollouts of policies that
+were trained on its own earlier rounds. It lets everything in this repository run on any machine. It is not zero-shot,
+and its scores say nothing about the paper's models, which never saw this robot.
+
+    1. states     scripted, blended, mixed and random poses, settled under gravity by weak motors; random policies
+    2. captions   computed from each state by geometry, so that any frame, however odd, has a true sentence
+    3. training   contrastive, like CLIP's; but in a batch, every sentence that is true of a frame is a positive
+    4. rounds     SAC trains on the model's own rewards for the eight prompts; where those policies went, exploits
+                  included, joins the data with true captions, and the model is trained again from nothing
+
+No success condition and no hand-written reward is used anywhere here.
+"""
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import vlmrm  # before mujoco: it chooses how to draw
+import sac
+import open_clip
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import gymnasium
+import mujoco
+import numpy as np
+from safetensors.torch import save_file
+from vlmrm import SIDES, X, Y, Z, Pose
+
+FOLDER = Path(__file__).parent
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Captions. Each frame gets three labels, each of them a list of sentences that are true of it.
+
+
+def legs_of(p: Pose) -> np.ndarray:
+    """What the legs and the trunk do: an index into LEGS, (N,). The first rule that holds names the pose."""
+    up, facing = p.up[:, Z], p.facing[:, Z]
+    pelvis, knees, feet, hands = p.pelvis[:, Z], p.knees[..., Z], p.feet[..., Z], p.hands[..., Z]
+    thigh, shin, leg = p.knees - p.hips, p.feet - p.knees, p.feet - p.hips
+    bend = np.degrees(np.arccos(np.clip(  # of each knee
+        (thigh * shin).sum(-1) / np.linalg.norm(thigh, axis=-1) / np.linalg.norm(shin, axis=-1), -1, 1)))
+    aside = np.degrees(np.arctan2(leg[..., Y] * SIDES, leg[..., X]))  # of each leg: 0 forward, 90 to its side, 180 back
+    out = p.knees[..., Y] * SIDES
+    straight, on_foot = bend < 26, feet < 0.12
+    on_knee = (knees < 0.10) & (p.knees[..., X] - p.feet[..., X] > 0.18)       # knee down, shin behind it
+    lowest = np.minimum.reduce([feet.min(1) - .075, knees.min(1) - .05, pelvis - .09, hands.min(1) - .04,
+                                p.head[:, Z] - .09])
+    upright, tilted, seated = up > 0.84, up > 0.3, pelvis < 0.26
+    rules = {
+        "air": lowest > 0.08,
+        "lotus": upright & (pelvis < .30) & (knees < .15).all(1) & (out > .20).all(1)
+                 & (out - p.feet[..., Y] * SIDES > .07).all(1) & (np.abs(p.feet[..., X]) < .27).all(1)
+                 & (p.knees[..., X] > -.02).all(1),
+        "kneel": upright & on_knee.all(1) & (np.abs(out) < .27).all(1) & (pelvis > .38),
+        "heels": upright & on_knee.all(1) & (np.abs(out) < .27).all(1) & (pelvis > .25),
+        "knees_wide": upright & on_knee.all(1),
+        "one_knee": upright & (on_knee.sum(1) == 1) & (on_foot & ~on_knee & (knees > .25)).any(1),
+        "stand": upright & (pelvis > .77) & on_foot.all(1),
+        "one_leg": upright & (pelvis > .74) & on_foot.any(1) & (feet.max(1) > .26),
+        "step": upright & (pelvis > .74) & on_foot.any(1),
+        "knees_bent": upright & (pelvis > .55) & (feet < .2).all(1),
+        "squat": upright & (pelvis > .26) & (feet < .17).all(1) & (knees > .2).all(1),
+        "splits": upright & (pelvis < .20) & straight.all(1) & (aside > 49).all(1) & (aside < 125).all(1)
+                  & (feet < .22).all(1),
+        "straddle": upright & seated & straight.all(1) & (aside > 18).all(1),
+        "sit_long": upright & seated & straight.all(1),
+        "half_splits": upright & (pelvis < .30) & (straight & (aside > 35) & (aside < 130)).any(1),
+        "sit_bent": upright & seated & (knees > .2).all(1),
+        "sit": upright & seated,
+        "bow": (pelvis > .55) & on_foot.any(1) & (p.up[:, X] > .5) & (up > -.7),
+        "fours": (up < .5) & (facing < -.5) & (knees < .16).all(1) & (hands < .16).all(1) & (pelvis > .28),
+        "knees_bowed": tilted & on_knee.all(1) & (facing < -.2),
+        "knees_back": tilted & on_knee.all(1),
+        "lean": tilted & (pelvis > .68) & on_foot.any(1),
+        "fall": tilted & (pelvis > .45),
+        "recline": tilted & (pelvis < .3) & (facing > .1),
+        "slouch": tilted & (pelvis < .3),
+        "supine": ~tilted & (facing > .6) & (pelvis < .45),
+        "prone": ~tilted & (facing < -.6) & (pelvis < .35),
+        "side": ~tilted & (np.abs(facing) < .6) & (pelvis < .4),
+        "awkward": np.ones(len(up), bool)}
+    assert list(rules) == LEGS
+    return np.argmax(np.stack(list(rules.values())), 0)
+
+
+def arms_of(p: Pose) -> np.ndarray:
+    """What the arms do, seen from the torso: an index into ARMS, (N,)."""
+    across = np.cross(p.up, p.facing)                                          # (N, 3) the torso's leftward axis
+    hand, elbow = p.hands - p.shoulders, p.elbows - p.shoulders
+    up, forward, aside, elbow_aside = ((v * axis[:, None]).sum(-1) * side for v, axis, side in (  # (N, 2) m
+        (hand, p.up, 1), (hand, p.facing, 1), (hand, across, SIDES), (elbow, across, SIDES)))
+    hip = p.pelvis[:, None] + across[:, None] * SIDES[:, None] * 0.2
+    raised = up > 0.26
+    rules = {
+        "raised": raised.all(1),
+        "crossed": (aside < -.215).all(1) & (elbow_aside > aside).all(1) & (forward > .05).all(1)
+                   & (np.abs(up) < .34).all(1) & (np.abs(up[:, 0] - up[:, 1]) < .18),
+        "hips": (np.linalg.norm(p.hands - hip, axis=-1) < .14).all(1) & (elbow_aside > aside).all(1),
+        "one_raised": raised.any(1) & (up.min(1) < .1),
+        "sides": (aside > .33).all(1) & (np.abs(up) < .28).all(1),
+        "forward": (forward > .30).all(1) & (np.abs(up) < .22).all(1) & (np.abs(aside) < .32).all(1),
+        "down": (up < -.26).all(1) & (np.abs(aside) < .40).all(1),
+        "other": np.ones(len(up), bool)}
+    assert list(rules) == ARMS
+    return np.argmax(np.stack(list(rules.values())), 0)
+
+
+def trunk_of(p: Pose) -> np.ndarray:
+    """How the torso leans: an index into TRUNK, (N,)."""
+    rules = [p.up[:, Z] > .93, p.up[:, Z] < .3, p.up[:, X] > .36, p.up[:, X] < -.36, np.ones(len(p.up), bool)]
+    return np.argmax(np.stack(rules), 0)
+
+
+LEGS = ["air", "lotus", "kneel", "heels", "knees_wide", "one_knee", "stand", "one_leg", "step", "knees_bent", "squat",
+        "splits", "straddle", "sit_long", "half_splits", "sit_bent", "sit", "bow", "fours", "knees_bowed", "knees_back",
+        "lean", "fall", "recline", "slouch", "supine", "prone", "side", "awkward"]
+ARMS = ["raised", "crossed", "hips", "one_raised", "sides", "forward", "down", "other"]
+TRUNK = ["upright", "lying", "forward", "back", "sideways"]
+
+# sentences, and of which labels they are true
+LEG_PHRASES = [
+    ("kneeling|on its knees|kneeling on both knees|kneeling down|on both knees|kneeling on the floor", "kneel heels"),
+    ("kneeling upright|kneeling tall|standing on its knees", "kneel"),
+    ("kneeling, sitting on its heels|sitting back on its heels|kneeling low", "heels"),
+    ("kneeling with its knees wide apart|on its knees, legs spread", "knees_wide"),
+    ("kneeling on one knee|on one knee|down on one knee|in a lunge|proposing", "one_knee"),
+    ("seated down, meditating in the lotus position|meditating|in the lotus position|sitting cross-legged"
+     "|doing yoga, in the lotus pose|seated with crossed legs|sitting and meditating", "lotus"),
+    ("standing up|standing|standing upright|standing straight|standing on both feet|on its feet", "stand"),
+    ("standing up on one leg|standing on one leg|balancing on one leg|on one leg|with one foot in the air"
+     "|lifting one leg", "one_leg"),
+    ("standing with bent knees|bending its knees|half crouching", "knees_bent"),
+    ("squatting|crouching|in a squat|squatting low|crouching down", "squat"),
+    ("practicing gymnastics, doing the side splits|doing the side splits|in the side splits|doing the splits"
+     "|doing side splits on the floor", "splits"),
+    ("sitting with its legs apart|sitting in a straddle|seated with spread legs", "straddle"),
+    ("sitting with its legs stretched forward|sitting with straight legs", "sit_long"),
+    ("sitting with one leg stretched to the side|doing half of the splits|in the splits with one knee bent",
+     "half_splits"),
+    ("sitting with its knees up|sitting with bent knees|hugging its knees", "sit_bent"),
+    ("sitting on the floor|seated|sitting down|seated on the ground|sitting",
+     "straddle sit_long sit_bent sit half_splits splits lotus"),
+    ("bending forward|bowing|bent over|touching its toes", "bow"),
+    ("on all fours|on its hands and knees|crawling", "fours"),
+    ("prostrating|bowing low|crouched over its legs", "knees_bowed"),
+    ("bending over backwards|doing a limbo|tipping back over its shins", "knees_back"),
+    ("taking a step|walking|lifting its heel", "step"),
+    ("tilting|swaying|off balance", "lean"),
+    ("falling|falling over|losing its balance|toppling|tripping", "fall"),
+    ("reclining|leaning back on the floor", "recline"),
+    ("slouching|hunched over", "slouch"),
+    ("lying on its back|face up on the floor", "supine"),
+    ("lying on its belly|lying face down|prone", "prone"),
+    ("lying on its side", "side"),
+    ("lying down|lying on the floor|lying", "supine prone side"),
+    ("collapsed|in a heap|slumped on the floor|sprawling|in an awkward position|fallen", "awkward"),
+    ("jumping|in the air|floating|off the ground", "air"),
+]
+ARM_PHRASES = [
+    ("with its arms crossed|with arms crossed|with crossed arms|crossing its arms|with its arms folded", "crossed"),
+    ("with hands on hips|with its hands on its hips|hands on hips|with both hands on the hips|arms akimbo", "hips"),
+    ("with both arms raised|with arms raised|with its hands up|raising both arms|with both hands above its head"
+     "|arms up", "raised"),
+    ("with one arm raised|raising one hand|waving|with one hand up", "one_raised"),
+    ("with its arms out to the sides|with arms spread|in a T-pose|arms outstretched", "sides"),
+    ("with its arms stretched forward|reaching forward|with its hands in front", "forward"),
+    ("with its arms down|with its arms hanging|with arms at its sides|arms down", "down"),
+]
+TRUNK_PHRASES = [("with an upright torso|with a straight back|upright", "upright"),
+                 ("leaning forward|leaning over", "forward"), ("leaning back|leaning backwards", "back"),
+                 ("leaning to the side|tilting sideways", "sideways")]
+SUBJECTS = ["a humanoid robot"] * 6 + ["a robot", "the robot", "a humanoid", "a photo of a humanoid robot",
+                                       "a picture of a robot"]
+
+
+def phrase_table(phrases, labels):
+    """All sentences, and a (sentences, labels) table of what is true of what; row 0 is silence, true of everything."""
+    sentences, rows = [""], [np.ones(len(labels), bool)]
+    for variants, true_of in phrases:
+        for sentence in variants.split("|"):
+            sentences.append(sentence)
+            rows.append(np.isin(labels, true_of.split()))
+            assert rows[-1].sum() == len(true_of.split()), true_of
+    return sentences, np.array(rows)
+
+
+TABLES = [phrase_table(LEG_PHRASES, LEGS), phrase_table(ARM_PHRASES, ARMS), phrase_table(TRUNK_PHRASES, TRUNK)]
+
+
+def write_captions(labels, rng):
+    """labels (B, 3) -> B sentences, one true of each frame, and (B, 3) what each says: rows of the three TABLES."""
+    sentences, says = [], np.zeros_like(labels)
+    for i, row in enumerate(labels):
+        if rng.random() > 0.12:  # else the bare baseline, true of every frame
+            for part, chance in enumerate((0.9, 0.5, 0.15)):
+                true = np.flatnonzero(TABLES[part][1][1:, row[part]]) + 1
+                if len(true) and rng.random() < chance:
+                    says[i, part] = rng.choice(true)
+        words = ([TABLES[part][0][says[i, part]] for part in rng.permutation(3) if says[i, part]] if rng.random() < .2
+                 else [TABLES[part][0][says[i, part]] for part in range(3) if says[i, part]])
+        subject = SUBJECTS[rng.integers(len(SUBJECTS))]
+        sentences.append((subject + " " + (", " if rng.random() < .5 else " ").join(words)).strip())
+    return sentences, says
+
+
+def truth(labels, says):
+    """(B, 3), (B, 3) -> (B, B): is sentence j true of frame i?"""
+    return np.logical_and.reduce([TABLES[part][1][says[:, part]][:, labels[:, part]] for part in range(3)]).T
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# States: MuJoCo's qpos (24,), root position, root quaternion, 17 joint angles
+
+both = None
+POSES = [  # degrees: (hip_x, hip_z, hip_y, knee) of the left leg, of the right; abdomen_y, the torso's pitch, its roll
+    # stand, squat, bow
+    ((0, 0, 0, -2), both), ((0, 0, 0, -2), both), ((0, 0, -35, -60), both, -10), ((-5, -25, -95, -125), both, -30, 15),
+    ((-10, -40, -105, -150), both, -40, 15), ((0, 0, -40, -5), both, -50, 20), ((-20, 0, 0, -2), both),
+    # one leg
+    ((0, 0, 0, -2), (0, 0, -60, -80)), ((0, 0, 0, -2), (0, 0, -60, -5)), ((0, 0, 0, -2), (-25, -10, -20, -10)),
+    ((0, 0, 0, -2), (0, 0, 5, -110)), ((0, 0, 0, -2), (-25, -55, -60, -130)), ((0, 0, 0, -2), (0, 0, -25, -60)),
+    # kneel, one knee, all fours
+    ((0, 0, 0, -90), both), ((-20, -10, 0, -90), both), ((0, 0, -15, -110), both), ((0, 0, -60, -150), both),
+    ((-5, -15, -70, -158), both), ((0, 0, -50, -140), both, -60, 30), ((0, 0, 0, -95), (0, 0, -90, -90)),
+    ((0, 0, 15, -60), (0, 0, -80, -80)), ((0, 0, -90, -90), both, -5, 85),
+    ((0, 0, -60, -90), (0, 0, -100, -90), -10, 80),
+    # lotus
+    ((-10, -48, -30, -158), both, -30), ((-15, -55, -85, -155), both, 20, 15), ((-5, -55, -60, -155), both),
+    ((-17, -50, -95, -158), both, 22, 20), ((0, -52, -24, -158), both, -18, -30), ((-4, -57, -28, -157), both, -50),
+    # sit
+    ((0, 0, -85, -5), both), ((0, 0, -100, -70), both), ((0, 0, -110, -130), both, -20, -10),
+    # splits, straddle, half of the splits
+    ((-25, -60, -80, -2), both), ((-25, -58, -70, -4), both, -10), ((-15, -35, -85, -5), both),
+    ((-25, -60, -80, -60), both), ((-25, -60, -80, -2), (0, -20, -85, -120)), ((-25, -60, -80, -2), (0, 0, -30, -150)),
+    ((0, 0, 20, -5), (0, 0, -100, -5)),
+    # lie, curl, fall
+    ((0, 0, 0, -5), both, 0, -88), ((0, 0, 0, -5), both, 0, 88), ((0, 0, 10, -80), both, 20, -80),
+    ((0, 0, -100, -120), both, -40, -80), ((0, 0, -20, -20), both, -10, 0, 85), ((0, 0, 0, -5), both, 0, 30),
+    ((0, 0, 0, -20), both, 0, -30),
+]
+LEG_JOINTS = [f"{side}_{joint}" for side in ("left", "right") for joint in ("hip_x", "hip_z", "hip_y", "knee")]
+ARM_JOINTS = [f"{side}_{joint}" for side in ("left", "right") for joint in ("shoulder1", "shoulder2", "elbow")]
+
+
+def quaternion(yaw, pitch, roll):  # radians
+    result = np.zeros(4)
+    mujoco.mju_euler2Quat(result, np.array([yaw, pitch, roll]), "zyx")
+    return result
+
+
+class Body:
+    """The simulator, for putting the robot into poses and letting go of it."""
+
+    def __init__(self):
+        self.model = vlmrm.Scene().model
+        self.data = mujoco.MjData(self.model)
+        self.low, self.high = self.model.jnt_range[1:].T                       # (17,) radians
+        address = {self.model.joint(j).name: self.model.joint(j).qposadr[0] for j in range(1, self.model.njnt)}
+        self.legs, self.arms = [address[name] for name in LEG_JOINTS], [address[name] for name in ARM_JOINTS]
+        self.abdomen = address["abdomen_y"]
+        self.motors = np.array([address[self.model.actuator(i).name] for i in range(self.model.nu)])
+        self.gear = self.model.actuator_gear[:, 0]
+
+    def scripted(self, rng):
+        left, right, abdomen, pitch, roll = (*POSES[rng.integers(len(POSES))], 0, 0, 0)[:5]
+        legs = [left, right or left]
+        if rng.random() < 0.5:
+            legs.reverse()
+        qpos = self.model.qpos0.copy()
+        qpos[self.legs] = np.deg2rad(np.concatenate(legs))
+        qpos[self.abdomen] = np.deg2rad(abdomen)
+        qpos[3:7] = quaternion(0, *np.deg2rad([pitch, roll]))
+        return qpos
+
+    def ground(self, qpos, clearance):
+        """Joint limits kept, and the lowest point put `clearance` metres above the floor."""
+        qpos[7:] = np.clip(qpos[7:], self.low, self.high)
+        self.data.qpos[:] = qpos
+        mujoco.mj_kinematics(self.model, self.data)
+        radius, half_length = self.model.geom_size[1:, 0], self.model.geom_size[1:, 1]
+        capsule = self.model.geom_type[1:] == mujoco.mjtGeom.mjGEOM_CAPSULE
+        reach = radius + np.where(capsule, np.abs(self.data.geom_xmat[1:, 8]) * half_length, 0)
+        qpos[2] -= (self.data.geom_xpos[1:, 2] - reach).min() - clearance
+        return qpos
+
+    def settle(self, qpos, stiffness, snapshots):
+        """Gravity acts while motors (stiffness in N m/rad) hold the pose: the states after `snapshots` steps of 15 ms."""
+        mujoco.mj_resetData(self.model, self.data)
+        self.data.qpos[:] = qpos
+        states = []
+        for i in range(max(snapshots) + 1):
+            if i in snapshots:
+                states.append(self.data.qpos.copy())
+            torque = (stiffness * (qpos - self.data.qpos)[self.motors]
+                      - 0.1 * stiffness * self.data.qvel[self.motors - 1])
+            self.data.ctrl[:] = np.clip(torque / self.gear, -.4, .4)
+            mujoco.mj_step(self.model, self.data, nstep=5)
+        return states
+
+    def measure(self, states) -> Pose:
+        """(N, 24) -> a Pose of (N, ...) arrays."""
+        poses = []
+        for qpos in states:
+            self.data.qpos[:] = qpos
+            poses.append(vlmrm.measure(self.model, self.data))
+        return Pose(*(np.stack(values) for values in zip(*poses)))
+
+
+def arm_library(body, rng, each=200):
+    """Angles of both arms (n, 6), equally many of each of ARMS, found by trying random ones."""
+    limits = body.low[[a - 7 for a in body.arms]], body.high[[a - 7 for a in body.arms]]
+    angles = rng.uniform(*limits, (12_000, 6))
+    mirrored = rng.random(len(angles)) < 0.7
+    angles[mirrored, 3:] = angles[mirrored, :3] * [-1, -1, 1] + rng.normal(0, .1, (mirrored.sum(), 3))
+    states = np.tile(body.model.qpos0, (len(angles), 1))
+    states[:, body.arms] = np.clip(angles, *limits)
+    labels = arms_of(body.measure(states))
+    return np.concatenate([states[labels == k][rng.integers((labels == k).sum(), size=each)][:, body.arms]
+                           for k in range(len(ARMS))])
+
+
+def pose(body, arms, rng):
+    """A pose near the floor: scripted, between two, each leg from another, or random; then jittered, turned, tilted."""
+    qpos, kind = body.scripted(rng), rng.random()
+    if kind < 0.22:
+        t = rng.random()
+        qpos = (1 - t) * qpos + t * body.scripted(rng)
+    elif kind < 0.40:
+        qpos[body.legs[4:]] = body.scripted(rng)[body.legs[4:]]
+    elif kind < 0.47:
+        qpos[7:] = rng.uniform(body.low, body.high)
+    qpos[7:] += np.deg2rad(rng.choice([2, 6, 12])) * rng.standard_normal(17)
+    qpos[body.arms] = arms[rng.integers(len(arms))] + np.deg2rad(4) * rng.standard_normal(6)
+    yaw = rng.normal(0, 0.35) if rng.random() < 0.8 else rng.uniform(-np.pi, np.pi)
+    tilt = np.deg2rad(rng.choice([3, 8, 25], p=[.5, .35, .15]) * rng.standard_normal(2))
+    turned = np.zeros(4)
+    mujoco.mju_mulQuat(turned, quaternion(yaw, *tilt), qpos[3:7] / np.linalg.norm(qpos[3:7]))
+    qpos[3:7] = turned
+    return body.ground(qpos, 0.01 if rng.random() < .93 else rng.uniform(0, .5))
+
+
+def make_states(seed, poses, settled, episodes):
+    """One process' share: `poses` as they are, `settled` ones (5 snapshots each), `episodes` of random policies."""
+    rng, body = np.random.default_rng(seed), Body()
+    arms = arm_library(body, rng)
+    states = [pose(body, arms, rng) for _ in range(poses)]
+    for _ in range(settled):
+        snapshots = np.sort(rng.choice(np.arange(2, 80), 5, replace=False))
+        states += body.settle(pose(body, arms, rng), rng.choice([0, 20, 60, 150, 300, 600]), snapshots)
+    for _ in range(episodes):
+        mujoco.mj_resetData(body.model, body.data)
+        body.data.qpos[:] += rng.uniform(-.01, .01, 24)
+        action, memory = np.zeros(17), rng.choice([0, .8, .95])
+        for i in range(100):
+            action = memory * action + np.sqrt(1 - memory**2) * rng.uniform(-.7, .7, 17)
+            body.data.ctrl[:] = np.clip(action, -.4, .4)
+            mujoco.mj_step(body.model, body.data, nstep=5)
+            if i % 4 == 0:
+                states.append(body.data.qpos.copy())
+    return np.array(states, np.float32)
+
+
+def on_policy_states(prompt, seed, steps, keep, folder):
+    """Trains SAC on the current model's reward for a prompt. Returns states from all of it, later ones more often."""
+    torch.set_num_threads(1)
+    rng, visited = np.random.default_rng(seed), []
+
+    class Recorder(vlmrm.Humanoid):
+        def step(self, action):
+            result = super().step(action)
+            visited.append(self.data.qpos.astype(np.float32))
+            return result
+
+    clip = vlmrm.CLIP(f"local-dir:{folder}")
+    reward_fn, scene = vlmrm.VLMReward(clip, prompt), vlmrm.Scene(clip.size)
+
+    def make():
+        return gymnasium.wrappers.TimeLimit(Recorder(scene), 100)
+    envs, eval_envs = (gymnasium.vector.SyncVectorEnv([make] * 16, autoreset_mode="Disabled") for _ in range(2))
+    agent = sac.SAC(envs.single_observation_space, envs.single_action_space, sac.Config(steps=steps, seed=seed))
+    best = max(row.get("eval_reward", 0) for row in sac.train(agent, envs, eval_envs, reward_fn))
+    print(f"  {prompt}: best reward {best:.3f}", flush=True)
+    visited = np.array(visited)
+    late = visited[-len(visited) // 3:]
+    weight = np.linspace(0.2, 1, len(visited))
+    states, body = [visited[rng.choice(len(visited), keep, replace=False, p=weight / weight.sum())]], Body()
+    for qpos in late[rng.integers(len(late), size=keep // 8)].astype(float):  # and what lies around the places it likes
+        qpos[7:] += np.deg2rad(rng.choice([5, 15])) * rng.standard_normal(17)
+        states.append(body.settle(body.ground(qpos, 0.005), rng.choice([60, 300]), [0, 15, 40]))
+    return np.concatenate(states).astype(np.float32)
+
+
+def render(states, size):
+    """(N, 24) -> uint8 (N, size, size, 3)."""
+    scene = vlmrm.Scene((size, size))
+    data = mujoco.MjData(scene.model)
+    frames = np.empty((len(states), size, size, 3), np.uint8)
+    for i, qpos in enumerate(states):
+        data.qpos[:] = qpos
+        frames[i] = scene.render(data)
+    return frames
+
+
+def label(states):
+    body = Body()
+    pose = body.measure(states)
+    return np.stack([legs_of(pose), arms_of(pose), trunk_of(pose)], 1)
+
+
+def in_parallel(function, jobs, processes=2):
+    """function(*job) for each job, in fresh processes: a forked one would inherit a renderer that it cannot use."""
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        return pool.starmap(function, jobs, chunksize=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def architecture(width=16, size=96):
+    """A miniature of CLIP's own RN50: one block a stage instead of 3, 4, 6, 3, and a quarter of the width."""
+    return dict(embed_dim=64, vision_cfg=dict(layers=[1, 1, 1, 1], width=width, head_width=width * 4, image_size=size),
+                text_cfg=dict(context_length=32, vocab_size=49408, width=32, heads=2, layers=2))
+
+
+PREPROCESS = dict(mean=[0.5] * 3, std=[0.25] * 3, interpolation="bicubic", resize_mode="shortest")
+
+
+def train(frames, labels, config, steps, seed=0, batch_size=256, log=print):
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    model = open_clip.CLIP(**config).to(memory_format=torch.channels_last)
+    tokenizer = open_clip.SimpleTokenizer(context_length=config["text_cfg"]["context_length"])
+    with torch.no_grad():  # a word that no caption uses stays silent
+        used = tokenizer([s + " " + p for s in SUBJECTS for p in sum((t[0] for t in TABLES), [])] + [", "]).unique()
+        mask = torch.zeros(49408, 1).index_fill_(0, used, 1)
+        model.token_embedding.weight.mul_(mask)
+    heads = nn.ModuleList(nn.Linear(64, len(names)) for names in (LEGS, ARMS, TRUNK))  # only for training
+    parameters = [*model.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.02, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    mean, std = (torch.tensor(PREPROCESS[k]).view(3, 1, 1) for k in ("mean", "std"))
+    rarity = [1 / np.sqrt(np.bincount(labels[:, k], minlength=m))[labels[:, k]]
+              for k, m in ((0, len(LEGS)), (1, len(ARMS)))]
+    weight = rarity[0] * rarity[1]
+    order = rng.choice(len(frames), (steps, batch_size), p=weight / weight.sum())
+    model.train()
+    start, report = time.time(), np.zeros(4)
+    for i, rows in enumerate(order):
+        x = torch.from_numpy(frames[rows]).permute(0, 3, 1, 2).float() / 255
+        x = (x * (1 + .1 * torch.randn(len(x), 1, 1, 1)) - mean) / std
+        sentences, says = write_captions(labels[rows], rng)
+        true = torch.from_numpy(truth(labels[rows], says)).float()             # (B frames, B sentences)
+        image = F.normalize(model.encode_image(x), dim=-1)
+        text = F.normalize(model.encode_text(tokenizer(sentences)), dim=-1)
+        logits = model.logit_scale.exp().clamp(max=30) * image @ text.T
+        contrastive = -((true / true.sum(1, keepdim=True)) * logits.log_softmax(1)).sum(1).mean() / 2 \
+                      - ((true / true.sum(0)) * logits.log_softmax(0)).sum(0).mean() / 2
+        y = torch.from_numpy(labels[rows])
+        auxiliary = [F.cross_entropy(head(image) * 10, y[:, k]) for k, head in enumerate(heads)]
+        loss = contrastive + 0.5 * sum(auxiliary)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            model.token_embedding.weight.mul_(mask)
+        report += [contrastive.item(), *(a.item() for a in auxiliary)]
+        if (i + 1) % 100 == 0:
+            log(f"  step {i + 1}/{steps}  contrastive {report[0] / 100:.3f}  legs {report[1] / 100:.3f}  "
+                f"arms {report[2] / 100:.3f}  trunk {report[3] / 100:.3f}  {time.time() - start:.0f} s", flush=True)
+            report[:] = 0
+    return model.eval()
+
+
+def save(model, config, folder):
+    folder.mkdir(exist_ok=True, parents=True)
+    (folder / "open_clip_config.json").write_text(
+        json.dumps(dict(model_cfg=config, preprocess_cfg=PREPROCESS), indent=1) + "\n")
+    half = {k: (v.half() if v.is_floating_point() and "running" not in k else v).contiguous()
+            for k, v in model.state_dict().items()}
+    save_file(half, folder / "open_clip_model.safetensors")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Makes the embedded CLIP from nothing.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", type=Path, default=FOLDER, help="where the model goes")
+    parser.add_argument("--rounds", type=int, default=2,
+                        help="times that policies trained on the model add to its data")
+    parser.add_argument("--steps", type=int, default=1200, help="training steps of the last model")
+    parser.add_argument("--round-steps", type=int, default=500, help="training steps of the models before it")
+    parser.add_argument("--policy-steps", type=int, default=40_000, help="environment steps of each policy of a round")
+    parser.add_argument("--width", type=int, default=16, help="of the image tower")
+    parser.add_argument("--size", type=int, default=96, help="of the frames, in pixels")
+    args = parser.parse_args()
+    start, config = time.time(), architecture(args.width, args.size)
+
+    def draw(states):
+        return np.concatenate(in_parallel(render, [(half, args.size) for half in np.array_split(states, 2)]))
+
+    def log(text):
+        print(f"[{(time.time() - start) / 60:.1f} min] {text}", flush=True)
+
+    states = np.concatenate(in_parallel(make_states, [(seed, 4500, 1250, 75) for seed in range(4)]))
+    frames = draw(states)
+    log(f"{len(states)} states without a policy")
+    for turn in range(args.rounds + 1):
+        labels = label(states)
+        for k, names in enumerate((LEGS, ARMS, TRUNK)):
+            print("  " + ", ".join(
+                f"{name} {count}" for name, count in zip(names, np.bincount(labels[:, k], minlength=len(names)))))
+        last = turn == args.rounds
+        model = train(frames, labels, config, args.steps if last else args.round_steps, seed=turn)
+        save(model, config, args.out)
+        log(f"model {turn + 1} of {args.rounds + 1} in {args.out}")
+        if not last:
+            jobs = [(prompt, 100 * turn + i, args.policy_steps, 2000, args.out)
+                    for i, (prompt, _) in enumerate(vlmrm.TASKS.values())]
+            visited = np.concatenate(in_parallel(on_policy_states, jobs))
+            states, frames = np.concatenate([states, visited]), np.concatenate([frames, draw(visited)])
+            log(f"{len(visited)} states of its policies")
+
+
+if __name__ == "__main__":
+    main()
