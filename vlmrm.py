@@ -1,8 +1,9 @@
 """One sentence in, a trained humanoid out: vision-language models as zero-shot reward models for RL.
 
-A reward function usually has to be programmed. Here it is a sentence: a frozen CLIP compares a rendered frame of
-the robot with, say, "a humanoid robot kneeling", and that similarity, cleaned by the goal-baseline projection, is the
-reward of the time step. sac.py learns from it. This file is everything about the reward, in the order it is used:
+A reward function usually has to be programmed. Here it is a sentence: a frozen CLIP compares a rendered frame of a
+robot, simulated in MuJoCo, with, say, "a humanoid robot kneeling", and that similarity, cleaned by the goal-baseline
+projection, is the reward of the time step: R(s) = VLM(l, psi(s)), equation (1), for the description l of the task and
+the picture psi(s) of the state s. sac.py learns from it. Here is all about the reward, in the order it is used:
 
     1. the reward        equations (2) and (3), pure functions of embeddings: copy them into your own code
     2. CLIP              frames and sentences to embeddings, for any open_clip model
@@ -15,8 +16,8 @@ reward of the time step. sac.py learns from it. This file is everything about th
     python vlmrm.py train "a humanoid robot kneeling" --model ViT-bigG-14/laion2b_s39b_b160k --alpha 0   # on a GPU
     python vlmrm.py train --help
 
-Method, and numbers of equations, tables and sections: Rocamonde et al., "Vision-Language Models are Zero-Shot Reward
-Models for Reinforcement Learning", ICLR 2024, arXiv:2310.12921.
+The method is that of Rocamonde et al., "Vision-Language Models are Zero-Shot Reward Models for Reinforcement Learning",
+ICLR 2024, arXiv:2310.12921. Numbers of equations, tables and sections are that paper's.
 """
 import argparse
 import csv
@@ -50,7 +51,7 @@ from tqdm import tqdm
 import sac
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 1. The reward. Pure functions of embeddings, torch alone.
+# 1. The reward. Pure functions of embeddings, torch alone. `state` is the embedding of the state's picture.
 
 
 def clip_reward(state, goal):
@@ -84,7 +85,8 @@ def goal_baseline_reward(state, goal, baseline, alpha):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 2. CLIP: frames and sentences to unit vectors of one space.
+# 2. CLIP: two networks, one for pictures and one for sentences, trained together on captioned pictures until a picture
+# and its caption lie close in one space. Here they are frozen: nothing below trains them.
 
 EMBEDDED_CLIP = "local-dir:" + str(Path(__file__).parent / "tinyclip")
 
@@ -164,7 +166,7 @@ class CLIP:
 
 
 class VLMReward:
-    """Equation (1) made concrete: a function from frames to rewards, for one task description.
+    """Equation (1): a function from frames psi(s) to rewards, for one task description.
 
     Called on uint8 frames (B, H, W, 3) it returns float32 rewards (B,). A prompt may be a list, to be averaged.
     """
@@ -172,7 +174,7 @@ class VLMReward:
     def __init__(self, clip: CLIP, goal_prompt, baseline_prompt="a humanoid robot", alpha: float = 0.5):
         self.clip, self.alpha = clip, alpha
         self.goal, self.baseline = clip.embed_text(goal_prompt), clip.embed_text(baseline_prompt)  # once for all
-        goal_baseline_reward(self.goal[None], self.goal, self.baseline, alpha)  # raises a mistake now, not in an hour
+        goal_baseline_reward(self.goal[None], self.goal, self.baseline, alpha)  # a mistake fails now, not in an hour
 
     def __call__(self, frames) -> np.ndarray:
         state = self.clip.embed_images(frames)  # (B, D)
@@ -189,7 +191,7 @@ PAINT = {"torso1": SHELL, "head": SHELL, "uwaist": JOINT, "lwaist": JOINT, "butt
 
 
 class Scene:
-    """Gymnasium's humanoid, repainted in memory, and a camera. Colours, light and the floor's size change; physics not.
+    """Gymnasium's humanoid, repainted in memory, and a camera. Physics is untouched: even a small floor has no edge.
 
     size: (height, width) in pixels. look: "realistic", or "original" for Gymnasium's own colours. effects: shadows,
     reflections and smooth edges, for people: CLIP sees the pose without them, for a small part of the time.
@@ -255,22 +257,24 @@ class Pose(NamedTuple):
     feet: np.ndarray
 
 
-BODIES = ["pelvis", "left_upper_arm", "right_upper_arm", "left_lower_arm", "right_lower_arm", "left_thigh",
-          "right_thigh", "left_shin", "right_shin"]
-GEOMS = ["head", "left_hand", "right_hand", "left_foot", "right_foot"]
-
-
 def measure(model: mujoco.MjModel, data: mujoco.MjData) -> Pose:
     """The pose of the simulator's current state."""
     mujoco.mj_kinematics(model, data)
-    points = np.concatenate([data.xpos[[model.body(name).id for name in BODIES]],
-                             data.geom_xpos[[model.geom(name).id for name in GEOMS]]])  # (14, 3) in the world
     torso, pelvis = (data.body(name).xmat.reshape(3, 3) for name in ("torso", "pelvis"))  # columns are axes
     left = pelvis[:2, 1] / max(np.linalg.norm(pelvis[:2, 1]), 1e-6)  # the pelvis' leftward axis, on the floor
     turn = np.array([[left[1], -left[0], 0], [left[0], left[1], 0], [0, 0, 1]])  # from the world to the robot
-    points = (points - [*points[0, :2], 0]) @ turn.T
-    return Pose(turn @ torso[:, 2], turn @ torso[:, 0], head=points[9], pelvis=points[0], shoulders=points[1:3],
-                elbows=points[3:5], hands=points[10:12], hips=points[5:7], knees=points[7:9], feet=points[12:14])
+    origin = [*data.body("pelvis").xpos[:2], 0]
+
+    def points(kind, *names):  # bodies begin at their joints
+        return (np.array([kind(name).xpos for name in names]) - origin) @ turn.T
+
+    return Pose(turn @ torso[:, 2], turn @ torso[:, 0], points(data.geom, "head")[0], points(data.body, "pelvis")[0],
+                shoulders=points(data.body, "left_upper_arm", "right_upper_arm"),
+                elbows=points(data.body, "left_lower_arm", "right_lower_arm"),
+                hands=points(data.geom, "left_hand", "right_hand"),
+                hips=points(data.body, "left_thigh", "right_thigh"),
+                knees=points(data.body, "left_shin", "right_shin"),
+                feet=points(data.geom, "left_foot", "right_foot"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -278,7 +282,7 @@ def measure(model: mujoco.MjModel, data: mujoco.MjData) -> Pose:
 # criterion in metres and degrees. It reads the simulator; neither training nor selection reads it.
 
 
-X, Y, Z = 0, 1, 2
+X, Y, Z = 0, 1, 2  # standing, the pelvis is 0.87 m high, the head 1.48 m; radii: head 0.09, foot 0.075, knee 0.05 m
 SIDES = np.array([1, -1])  # turns leftward metres of a (left, right) pair into outward metres
 
 
@@ -300,13 +304,13 @@ def lotus(p):
             & (np.abs(p.feet[..., X]) < 0.30).all(-1))
 
 
-def legs_straight_and_upright(p):
+def at_full_height(p):
     return (p.up[..., Z] > 0.8) & (p.pelvis[..., Z] > 0.80)
 
 
 def standing(p):
     """On both feet, legs nearly straight, torso upright."""
-    return legs_straight_and_upright(p) & (p.feet[..., Z] < 0.13).all(-1)
+    return at_full_height(p) & (p.feet[..., Z] < 0.13).all(-1)
 
 
 def arms_raised(p):
@@ -334,7 +338,7 @@ def hands_on_hips(p):
 def one_leg(p):
     """One foot alone on the floor, the other at least 15 cm above it, and otherwise standing."""
     low, high = p.feet[..., Z].min(-1), p.feet[..., Z].max(-1)
-    return legs_straight_and_upright(p) & (low < 0.13) & (high > 0.075 + 0.15)
+    return at_full_height(p) & (low < 0.13) & (high - low > 0.15)
 
 
 def arms_crossed(p):
@@ -418,14 +422,14 @@ def plot_curve(rows: list[dict], prompt: str, path):
     figure.savefig(path, dpi=120)
 
 
-def record_video(act, camera: dict, look: str, path, episodes: int = 3, seed: int = 3 * 10**9):
+def record_video(act, camera: dict, look: str, path, steps: int = 100, episodes: int = 3, seed: int = 3 * 10**9):
     """A GIF of whole episodes at half of real speed: left from CLIP's camera, right from the robot's side."""
     side = camera | dict(azimuth=camera["azimuth"] - 65)
     views = [Scene((240, 240), look, view, effects=True) for view in (camera, side)]
     env, frames = Humanoid(views[0]), []
     for episode in range(episodes):
         obs, _ = env.reset(seed=seed + episode)
-        for i in range(100):
+        for i in range(steps):
             if i % 3 == 0:
                 frames.append(Image.fromarray(np.concatenate([view.render(env.data) for view in views], 1)))
             obs = env.step(env.action_space.high * act(obs[None])[0])[0]
@@ -439,15 +443,18 @@ COLUMNS = ["steps", "reward", "success", "success_held", "eval_reward", "eval_su
 def train(args):
     """Trains one policy; see `python vlmrm.py train --help` for what it reads and leaves."""
     start, device = time.time(), args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    task = args.task or next((name for name in TASKS if args.prompt in ([], [TASKS[name][0]])), None)
+    task = args.task or (next((t for t in TASKS if args.prompt == [TASKS[t][0]]), None) if args.prompt else "kneeling")
     prompt, condition = args.prompt or [TASKS[task][0]], TASKS[task][1] if task else None
-    out = args.out or Path("runs") / f"{task or '-'.join(prompt[0].lower().split())[:60]}-seed{args.seed}"
-    if out.is_file() or out.is_dir() and any(out.iterdir()) and not (args.overwrite and (out / "config.json").exists()):
+    baseline = args.baseline or [BASELINE_PROMPT]
+    name = task or "-".join("".join(c if c.isalnum() else " " for c in prompt[0].lower()).split())[:60]
+    out = args.out or Path("runs") / f"{name}-seed{args.seed}"
+    a_run = (out / "config.json").exists() and (out / "metrics.csv").exists()
+    if out.is_file() or out.is_dir() and any(out.iterdir()) and not (args.overwrite and a_run):
         raise ValueError(f"{out} already holds a run or other files: name another folder by --out, or replace a run by "
                          "--overwrite")
 
     clip = CLIP(args.model, device, args.precision)
-    reward_fn = VLMReward(clip, prompt, args.baseline, args.alpha)
+    reward_fn = VLMReward(clip, prompt, baseline, args.alpha)
     camera = dict(distance=args.distance, elevation=args.elevation, azimuth=args.azimuth)
     scene = Scene(clip.size, args.look, camera)
     scene.render(mujoco.MjData(scene.model))  # without OpenGL, fail now and not after the first round
@@ -469,9 +476,9 @@ def train(args):
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     settings = {key: value for key, value in vars(args).items() if key not in ("command", "function", "overwrite")}
-    settings |= dict(prompt=prompt, task=task, device=device, out=str(out))
+    settings |= dict(prompt=prompt, baseline=baseline, task=task, device=device, out=str(out))
     (out / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
-    print(f"Training {prompt} against {args.baseline}, alpha {args.alpha:g}, on {device}, into {out}/")
+    print(f"Training {prompt} against {baseline}, alpha {args.alpha:g}, on {device}, into {out}/")
     rows = []
     with open(out / "metrics.csv", "w", newline="") as file, tqdm(total=config.steps, unit="step") as bar:
         writer = csv.DictWriter(file, COLUMNS)
@@ -492,7 +499,7 @@ def train(args):
     rewards, success = judge(agent.best_action, reward_fn)
     half, held = success_rates(success) if condition else (None, None)
     plot_curve(rows, prompt[0], out / "curve.png")
-    record_video(agent.best_action, camera, args.look, out / "video.gif")
+    record_video(agent.best_action, camera, args.look, out / "video.gif", config.round_steps)
     result = dict(prompt=prompt, task=task, model=args.model, alpha=args.alpha, seed=args.seed, steps=row["steps"],
                   episodes=args.episodes, success=half, success_held=held, reward=float(rewards.mean()),
                   references=references, seconds=round(time.time() - start, 1))
@@ -505,7 +512,7 @@ def train(args):
 def parser() -> argparse.ArgumentParser:
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         def _get_help_string(self, action):  # a default only where it tells something
-            return super()._get_help_string(action) if isinstance(action.default, (int, float)) else action.help
+            return super()._get_help_string(action) if type(action.default) in (int, float) else action.help
 
     main = argparse.ArgumentParser(prog="vlmrm.py", description="One sentence in, a trained humanoid out.", epilog=(
         "Without a command: train kneeling with the embedded CLIP. Each command has its own --help."))
@@ -521,9 +528,10 @@ def parser() -> argparse.ArgumentParser:
     group = command.add_argument_group("the task")
     group.add_argument("prompt", nargs="*", help="the goal in a sentence, or in several to be averaged")
     group.add_argument("--task", choices=TASKS,
-                       help="one of the paper's: its prompt and its success condition. Left out: kneeling")
-    group.add_argument("--baseline", nargs="+", default=[BASELINE_PROMPT], metavar="PROMPT",
-                       help=f"the scene without the goal. Left out: {BASELINE_PROMPT}")
+                       help="one of the paper's: its prompt (unless you give another) and its success condition. "
+                       "Without a prompt: kneeling")
+    group.add_argument("--baseline", action="append", metavar="PROMPT",
+                       help=f"the scene without the goal; several are averaged. Left out: {BASELINE_PROMPT}")
     group.add_argument("--alpha", type=float, default=0.5, help="strength of the projection, from 0 (plain CLIP) to 1")
     group = command.add_argument_group("the CLIP")
     group.add_argument("--model", default=EMBEDDED_CLIP, help="NAME/TAG from open_clip's list, hf-hub:REPO or "
