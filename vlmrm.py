@@ -37,10 +37,12 @@ if sys.platform == "linux" and not os.environ.get("DISPLAY"):
 import open_clip  # open_clip and torch before any renderer exists: the other order crashes in EGL
 import torch
 import torch.nn.functional as F
+
+CANNOT_DRAW = "cannot draw. Install EGL (apt-get install libegl1 libgl1-mesa-dri), or set MUJOCO_GL to glfw or osmesa"
 try:
     import mujoco
 except Exception as error:  # MuJoCo loads the graphics library at once
-    message = f"cannot draw: {error}. Install EGL (apt-get install libegl1 libgl1-mesa-dri), or set MUJOCO_GL to glfw"
+    message = f"{CANNOT_DRAW} ({error})"
     raise SystemExit(f"error: {message}") if __name__ == "__main__" else ImportError(message)
 import gymnasium
 import numpy as np
@@ -228,8 +230,7 @@ class Scene:
             try:
                 self.renderer = mujoco.Renderer(self.model, *self.size)
             except Exception as error:
-                raise ValueError("cannot draw: no OpenGL here. Install EGL (apt-get install libegl1 libgl1-mesa-dri), "
-                                 f"or set MUJOCO_GL to glfw or osmesa ({' '.join(str(error).split())[:99]})") from error
+                raise ValueError(f"{CANNOT_DRAW} ({' '.join(str(error).split())[:99]})") from error
             for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
                 self.renderer.scene.flags[flag] = self.effects
         mujoco.mj_kinematics(self.model, data)  # a step leaves the positions of a moment before its state

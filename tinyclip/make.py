@@ -290,7 +290,7 @@ class Body:
         return qpos
 
     def settle(self, qpos, stiffness, snapshots):
-        """Gravity acts while motors (stiffness in N m/rad) hold the pose: the states after `snapshots` steps of 15 ms."""
+        """Gravity acts while motors (stiffness: N m/rad) hold the pose: the states after `snapshots` steps of 15 ms."""
         mujoco.mj_resetData(self.model, self.data)
         self.data.qpos[:] = qpos
         states = []
