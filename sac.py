@@ -2,7 +2,8 @@
 
 The loop knows nothing of CLIP. Many environments step together for a round and keep what they saw; then the round's
 frames are labelled in one batch by `reward_fn(frames) -> rewards`, which is what makes a big vision model affordable;
-then SAC updates its networks from a replay buffer of labelled transitions. For any Gymnasium vector environment:
+then SAC updates its networks from a replay buffer of labelled transitions. For Gymnasium vector environments that draw
+frames and leave the reset to their caller:
 
     agent = SAC(envs.single_observation_space, envs.single_action_space, Config(steps=100_000))
     for row in train(agent, envs, eval_envs, reward_fn):  # one row of numbers a round
@@ -31,8 +32,8 @@ def setting(default, meaning: str):
 class Config:
     """Hyperparameters, chosen for minutes on a laptop. [In brackets: the paper's, for days on 4 GPUs, if different.]
 
-    Not in the paper's SAC either: standardised observations, layer norm in the critics, the choice of the checkpoint by
-    deterministic episodes rather than by training reward.
+    Not in the paper's SAC either: standardised observations, layer norm in the critics, the averaged actor, the choice
+    of the checkpoint by deterministic episodes rather than by training reward.
     """
 
     steps: int = setting(100_000, "environment steps in all [10 million]")
@@ -43,6 +44,7 @@ class Config:
     buffer_size: int = setting(1_000_000, "transitions that the replay buffer remembers")
     gamma: float = setting(0.95, "discount of the next step's value")
     tau: float = setting(0.005, "share of the critics that moves into their targets at an update")
+    actor_tau: float = setting(0.001, "share of the actor that moves into its average, which is what is judged [1]")
     learning_rate: float = setting(6e-4, "of Adam, at the start; it falls linearly to zero [constant]")
     init_temperature: float = setting(0.1, "weight of entropy at the start; it is learned from there [1]")
     hidden: int = setting(256, "width of the two hidden layers of each network")
@@ -157,6 +159,7 @@ class SAC(nn.Module):
         self.config, self.device = config, device
         self.norm = RunningNorm(obs_size)
         self.actor = Actor(obs_size, act_size, config.hidden)
+        self.mean_actor = copy.deepcopy(self.actor).requires_grad_(False)  # over recent updates: single ones swing
         self.critic = TwinCritic(obs_size, act_size, config.hidden)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(config.init_temperature)))
@@ -167,9 +170,10 @@ class SAC(nn.Module):
 
     @torch.no_grad()
     def act(self, obs, deterministic: bool = False) -> np.ndarray:
-        """Observations (N, O), raw -> actions (N, A) in (-1, 1): a sample of the policy, or its centre."""
+        """Observations (N, O), raw -> actions (N, A) in (-1, 1): a sample of the policy, or its averaged centre."""
         obs = torch.as_tensor(obs, dtype=torch.float32, device=self.device)
-        return self.actor(self.norm(obs), deterministic)[0].cpu().numpy()
+        actor = self.mean_actor if deterministic else self.actor
+        return actor(self.norm(obs), deterministic)[0].cpu().numpy()
 
     def best_action(self, obs) -> np.ndarray:
         return self.act(obs, deterministic=True)
@@ -203,7 +207,9 @@ class SAC(nn.Module):
         descend(actor_optimizer, actor_loss)
         descend(temperature_optimizer, self.temperature_loss(log_prob))
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.target.parameters()), list(self.critic.parameters()), self.config.tau)
+            for slow, fast, tau in ((self.target, self.critic, self.config.tau),
+                                    (self.mean_actor, self.actor, self.config.actor_tau)):
+                torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), tau)
         return dict(critic_loss=critic_loss, actor_loss=actor_loss, temperature=self.log_temperature.exp(),
                     entropy=-log_prob.mean())
 
@@ -282,7 +288,7 @@ def train(agent: SAC, envs, eval_envs, reward_fn):
                 optimizer.param_groups[0]["lr"] = config.learning_rate * max(0, 1 - steps / config.steps)
             precision = torch.get_float32_matmul_precision()
             torch.set_float32_matmul_precision("medium")  # bf16 or tf32 matmuls where the hardware has them
-            for _ in range(round(done.size * config.updates_per_step)):
+            for _ in range(max(1, round(done.size * config.updates_per_step))):
                 o, a, r, o2, d = (x.to(agent.device) for x in buffer.sample(config.batch_size))
                 losses = agent.update(o, a, r.squeeze(-1), o2, d.squeeze(-1))
             torch.set_float32_matmul_precision(precision)

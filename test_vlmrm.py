@@ -101,16 +101,21 @@ def architecture(kind):
     return config, preprocess
 
 
-@pytest.fixture(scope="module", params=["ViT-B-32", "SigLIP", "padding"])
-def saved(request, tmp_path_factory):
-    folder, (config, preprocess) = tmp_path_factory.mktemp(request.param), architecture(request.param)
+def save_random(kind, folder):
+    config, preprocess = architecture(kind)
     settings = dict(model_cfg=config, preprocess_cfg=preprocess | dict(interpolation="bicubic"))
     (folder / "open_clip_config.json").write_text(json.dumps(settings))
     torch.manual_seed(0)
     model = (open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP)(**config)
     weights = {key: value.half().contiguous() for key, value in model.state_dict().items()}
     save_file(weights, folder / "open_clip_model.safetensors")
-    yield f"local-dir:{folder}"
+    return f"local-dir:{folder}"
+
+
+@pytest.fixture(scope="module", params=["ViT-B-32", "SigLIP", "padding"])
+def saved(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    yield save_random(request.param, folder)
     shutil.rmtree(folder)
 
 
@@ -303,7 +308,8 @@ GOALS_AND_NEAR_MISSES = {
 @pytest.mark.parametrize("task", vlmrm.TASKS)
 def test_success_condition_accepts_the_goal_and_refuses_near_misses(task):
     goals, near_misses = GOALS_AND_NEAR_MISSES[task]
-    accepted = [pose for pose in goals + near_misses if vlmrm.TASKS[task][1](vlmrm.measure(SCENE.model, place(**pose)))]
+    accepted = [pose for pose in goals + near_misses
+                if vlmrm.holds(vlmrm.TASKS[task][1], vlmrm.measure(SCENE.model, place(**pose)))]
     assert accepted == goals
 
 
@@ -376,9 +382,10 @@ def agent_and_batch(**settings):
 
 
 def test_one_update_is_the_equations_of_sac_written_out():
-    gamma, tau, rate = 0.9, 0.1, 1e-3
-    agent, batch = agent_and_batch(gamma=gamma, tau=tau, learning_rate=rate)
+    gamma, tau, actor_tau, rate = 0.9, 0.1, 0.3, 1e-3
+    agent, batch = agent_and_batch(gamma=gamma, tau=tau, actor_tau=actor_tau, learning_rate=rate)
     actor, critics, target = copy.deepcopy(agent.actor), plain_critics(agent.critic), plain_critics(agent.target)
+    before = [parameter.detach().clone() for parameter in agent.mean_actor.parameters()]
     log_temperature = agent.log_temperature.detach().clone().requires_grad_()
     torch.manual_seed(1)
     losses = agent.update(*batch)
@@ -409,6 +416,7 @@ def test_one_update_is_the_equations_of_sac_written_out():
     descend(-(log_temperature.exp() * (log_prob.detach() - 3)).mean(), [log_temperature])   # -3: -dim(A)
     for old, new in zip(target.parameters(), critics.parameters()):
         old.data = (1 - tau) * old.data + tau * new.data
+    mean = [(1 - actor_tau) * old + actor_tau * new for old, new in zip(before, actor.parameters())]
 
     assert all(parameter.grad_fn is None for parameter in agent.target.parameters())       # no graph grows
     exactly = dict(rtol=1e-6, atol=1e-7)
@@ -417,6 +425,7 @@ def test_one_update_is_the_equations_of_sac_written_out():
     pairs = (agent.actor, actor), (plain_critics(agent.critic), critics), (plain_critics(agent.target), target)
     for ours, expected in pairs:
         torch.testing.assert_close(list(ours.parameters()), list(expected.parameters()), **exactly)
+    torch.testing.assert_close(list(agent.mean_actor.parameters()), mean, **exactly)
 
 
 def test_termination_cuts_the_future_off():
@@ -499,7 +508,7 @@ def test_rollout_reports_a_real_end():
 
 def learn(steps, reward_fn=nearness, **settings):
     defaults = dict(learning_starts=800, round_steps=20, batch_size=128, gamma=0.9, learning_rate=1e-3, hidden=64,
-                    eval_every=800, seed=3)
+                    actor_tau=0.01, eval_every=800, seed=3)           # fewer updates than usual
     envs, eval_envs, rows, kept = points(), points(), [], None
     config = sac.Config(steps=steps, **defaults | settings)
     agent = sac.SAC(envs.single_observation_space, envs.single_action_space, config)
@@ -572,7 +581,8 @@ def test_run_leaves_its_settings_and_metrics(run, config, rows):
     names = {"config.json", "metrics.csv", "policy.pt", "result.json", "curve.png", "video.gif"}
     assert {file.name for file in run.iterdir()} == names
     expected = dict(prompt=[KNEELING], baseline=["a humanoid robot"], task="kneeling", alpha=0.5, look="realistic",
-                    model=vlmrm.EMBEDDED_CLIP, device="cpu", steps=16_000, seed=0, hidden=128, **vlmrm.CAMERA)
+                    model=vlmrm.EMBEDDED_CLIP, device="cpu", steps=16_000, seed=0, hidden=128,
+                    **{flag: vlmrm.CAMERA[flag] for flag in ("distance", "elevation", "azimuth")})
     assert config == config | expected
     assert [row["steps"] for row in rows] == list(range(1600, 16_001, 1600))
     assert all({"steps", "reward", "success", "success_held"} <= set(row) for row in rows)
@@ -679,6 +689,143 @@ def test_user_sees_one_line_and_no_traceback(settings, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Judging rewards
+
+
+def tabular(seed=0, states=5, actions=3):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((states, actions, states)), rng
+
+
+def reference_epic(one, other, gamma):
+    """Definition 2 by enumeration: every expectation is an average over explicit (S, A, S') triples."""
+    n, m, _ = one.shape
+    triples = list(itertools.product(range(n), range(m), range(n)))
+
+    def shaped(reward):
+        values = []
+        for s, a, s2 in triples:
+            inner = [gamma * reward[s2, A, S2] - reward[s, A, S2] - gamma * reward[S, A, S2] for S, A, S2 in triples]
+            values.append(reward[s, a, s2] + sum(inner) / len(inner))
+        return values
+    rho = np.corrcoef(shaped(one), shaped(other))[0, 1]
+    return np.sqrt(1 - rho) / np.sqrt(2)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 0.95, 1])
+def test_epic_distance_is_definition_2_by_enumeration(gamma):
+    (one, _), (other, _) = tabular(1), tabular(2)
+    close(vlmrm.epic_distance(one, other, gamma), reference_epic(one, other, gamma), 1e-9)
+
+
+def test_epic_distance_ignores_scale_shift_and_shaping_and_is_1_for_the_opposite():
+    reward, rng = tabular()
+    potential, gamma = 3 * rng.standard_normal(len(reward)), 0.9
+    shaping = gamma * potential - potential[:, None, None]                     # gamma phi(s') - phi(s)
+    close(vlmrm.epic_distance(reward, 4 * reward + 7 + shaping, gamma), 0, 1e-9)
+    close(vlmrm.epic_distance(reward, -0.5 * reward + shaping, gamma), 1, 1e-9)
+    assert vlmrm.epic_distance(reward, reward + 0.1 * rng.standard_normal(reward.shape), gamma) > 0.01
+
+
+def test_lemma_1_rewards_of_the_next_state_alone_need_no_shaping():
+    rng = np.random.default_rng(3)
+    clip, goal = rng.standard_normal(8), np.arange(8) < 3
+    as_tables = (np.broadcast_to(reward, (8, 4, 8)).astype(float) for reward in (clip, goal))
+    expected = np.sqrt(1 - np.corrcoef(clip, goal)[0, 1]) / np.sqrt(2)
+    close(vlmrm.epic_distance(*as_tables), expected, 1e-9)
+    close(vlmrm.epic_distance(clip, goal), expected, 1e-9)
+    close([vlmrm.epic_distance(goal, goal), vlmrm.epic_distance(goal, -3.0 * goal)], [0, 1], 1e-9)
+
+
+@pytest.mark.parametrize("one, other", [
+    (np.ones(5), np.arange(5.)), (np.arange(5.), [0, 1, np.nan, 0, 1]), (np.arange(5.), np.arange(6.)),
+    (np.eye(3), np.eye(3)), (np.zeros((2, 2, 2)), np.ones((2, 2, 2)))])
+def test_epic_distance_refuses_what_has_no_correlation(one, other):
+    with pytest.raises(ValueError):
+        vlmrm.epic_distance(one, other)
+
+
+def test_auc_is_the_chance_that_a_goal_state_scores_higher():
+    rng = np.random.default_rng(0)
+    reward, goal = rng.integers(0, 6, 60), rng.random(60) < 0.3
+    pairs = [(a > b) + (a == b) / 2 for a in reward[goal] for b in reward[~goal]]
+    close(vlmrm.auc(reward, goal), np.mean(pairs), 1e-12)
+    assert np.isnan(vlmrm.auc(reward, np.zeros(60, bool)))
+
+
+def test_a_path_of_poses_begins_and_ends_as_asked_and_never_leaves_the_floor():
+    start, goal = (place(**pose).qpos.copy() for pose in (STAND, LYING))
+    path, data = vlmrm.pose_path(SCENE.model, start, goal, 9), mujoco.MjData(SCENE.model)
+    assert path.shape == (9, 24)
+    close(path[[0, -1], 3:], [start[3:], goal[3:]], 1e-9)
+    for data.qpos[:] in path:
+        close(vlmrm.lowest_point(SCENE.model, data), 0, 1e-9)
+    negated = np.concatenate([start[:3], -start[3:7], start[7:]])              # the same orientation
+    close(np.abs(vlmrm.pose_path(SCENE.model, negated, start, 3)[1, 3:7]), np.abs(start[3:7]), 1e-9)
+
+
+def test_a_near_miss_meets_all_parts_of_a_condition_but_one():
+    pose = vlmrm.measure_states(SCENE.model, [place(**p).qpos.copy() for p in (STAND | RAISED, STAND | DOWN, KNEEL)])
+    parts = vlmrm.arms_raised(pose)
+    np.testing.assert_array_equal(np.stack(list(parts.values())), [[True, True, False], [True, False, False]])
+    np.testing.assert_array_equal(vlmrm.holds(vlmrm.arms_raised, pose), [True, False, False])
+
+
+@pytest.fixture(scope="module")
+def evaluation_states():
+    with np.load(vlmrm.EVALUATION_STATES) as file:
+        return file["states"], file["origin"]
+
+
+def test_evaluation_set_has_goal_states_of_every_task_from_scripts_and_from_policies(evaluation_states):
+    states, origin = evaluation_states
+    assert len(states) >= 2000 and len(np.unique(states, axis=0)) == len(states)
+    pose = vlmrm.measure_states(SCENE.model, states)
+    for task, (_, condition) in vlmrm.TASKS.items():
+        goal = vlmrm.holds(condition, pose)
+        assert goal.sum() >= 100 and goal[origin == f"scripted {task}"].all()
+        assert {f"half-trained {task}", f"trained {task}"} <= set(origin)
+
+
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory, evaluation_states):
+    """`evaluate` on a part of the states, with the embedded model and a random one of another architecture."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    states, origin = evaluation_states
+    part = np.sort(np.concatenate([np.arange(0, len(states), 12), *(
+        np.flatnonzero(origin == f"scripted {task}")[:10] for task in vlmrm.TASKS)]))
+    np.savez(folder / "states.npz", states=states[part], origin=origin[part])
+    (folder / "random").mkdir()
+    random = save_random("padding", folder / "random")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vlmrm, "EVALUATION_STATES", folder / "states.npz")
+        vlmrm.main(["evaluate", "--task", "splits", "kneeling", "--alpha", "0", "1", "--out", str(folder / "out"),
+                    "--model", vlmrm.EMBEDDED_CLIP, random])
+    with open(folder / "out/table.csv") as file:
+        return folder / "out", list(csv.DictReader(file))
+
+
+def test_evaluate_tells_the_embedded_model_from_a_random_one(evaluation):
+    _, table = evaluation
+    assert len(table) == 2 * 3 * 2 * 2                                         # models, scenes, tasks, alphas
+    ours = {(row["model"], row["task"]): row for row in table
+            if row["scene"] == "textures and camera" and row["alpha"] == "0"}
+    for task in ("splits", "kneeling"):
+        tiny, random = ours["tinyclip", task], ours["random", task]
+        assert float(tiny["epic"]) < 0.5 < float(random["epic"]) and float(tiny["auc"]) > 0.95
+        close(float(tiny["pearson"]), 1 - 2 * float(tiny["epic"]) ** 2, 1e-4)
+
+
+def test_evaluate_leaves_figures_that_are_not_blank(evaluation):
+    out, _ = evaluation
+    names = ["epic_alpha.png", "epic_size.png", "epic_scene.png"]
+    names += [f"{model}/{figure}.png" for model in ("tinyclip", "random")
+              for figure in ("paths", "histograms", "frames")]
+    for name in names:
+        assert np.asarray(Image.open(out / name).convert("L")).std() > 10, name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # How the embedded model is made
 
 
@@ -710,3 +857,24 @@ def test_captioner_names_poses_placed_by_hand(make, pose, names):
     labels = make.label(place(**pose).qpos[None].copy())[0]
     for expected, known, label in zip(names.split(), (make.LEGS, make.ARMS, make.TRUNK), labels):
         assert expected in ("any", known[label])
+
+
+def test_held_out_combinations_are_in_no_training_frame_and_in_no_caption(make):
+    states = make.make_states(5, 3000, 20, 2)
+    pose = vlmrm.measure_states(SCENE.model, states)
+    high = (pose.hands[..., 2] > pose.head[:, None, 2] + 0.09).all(1)          # by the simulator, not by the captioner
+    kept = ~make.held_out(pose)
+    for condition in (vlmrm.kneeling, vlmrm.lotus, vlmrm.splits):
+        assert not (vlmrm.holds(condition, pose) & high & kept).any()
+    assert (vlmrm.holds(vlmrm.standing, pose) & high & kept).any() and (vlmrm.holds(vlmrm.kneeling, pose) & kept).any()
+    labels, rng = make.label(states[kept]), np.random.default_rng(0)
+    said = set()                                                               # pairs of a legs and an arms phrase
+    for _ in range(20):
+        said |= {(legs, arms) for legs, arms, _ in make.write_captions(labels, rng)[1] if legs and arms}
+    phrases, words = make.TABLES[0][0], make.TABLES[1][0]
+    said = {(phrases[legs], words[arms]) for legs, arms in said}
+    for legs, arms in (("kneeling", "with both arms raised"), ("meditating", "arms up"),
+                       ("kneeling", "with hands on hips"), ("doing the side splits", "with both arms raised"),
+                       ("squatting", "with its arms crossed"), ("sitting on the floor", "with its arms crossed")):
+        assert legs in phrases and arms in words and (legs, arms) not in said
+    assert ("standing", "with both arms raised") in said and ("kneeling", "with its arms down") in said

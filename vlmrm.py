@@ -9,11 +9,13 @@ the picture psi(s) of the state s. sac.py learns from it. Here is all about the 
     2. CLIP              frames and sentences to embeddings, for any open_clip model
     3. the scene         psi(s): what CLIP sees of the simulator's state
     4. the tasks         eight prompts, and for each an independent judge that reads the simulator, never CLIP
-    5. the command line
+    5. judging           EPIC, equation (4): is a reward worth training on?
+    6. the command line
 
     python vlmrm.py                          # kneeling, on any machine, with the small CLIP in tinyclip/
     python vlmrm.py train --task splits
     python vlmrm.py train "a humanoid robot kneeling" --model ViT-bigG-14/laion2b_s39b_b160k --alpha 0   # on a GPU
+    python vlmrm.py evaluate                 # is a reward worth training on?
     python vlmrm.py train --help
 
 The method is that of Rocamonde et al., "Vision-Language Models are Zero-Shot Reward Models for Reinforcement Learning",
@@ -47,6 +49,7 @@ except Exception as error:  # MuJoCo loads the graphics library at once
 import gymnasium
 import numpy as np
 from gymnasium.envs.mujoco.humanoid_v5 import HumanoidEnv
+from matplotlib.figure import Figure  # not pyplot, which would look for a display
 from PIL import Image
 from tqdm import tqdm
 
@@ -186,17 +189,18 @@ class VLMReward:
 # ----------------------------------------------------------------------------------------------------------------------
 # 3. The scene: psi(s), the frame that stands for state s. App. C.2: realistic textures, and a camera that shows height.
 
-CAMERA = dict(distance=3.5, elevation=-10, azimuth=180)  # m, degrees; the paper's. It looks at (robot's x, y; 1.0 m)
+CAMERA = dict(distance=3.5, elevation=-10, azimuth=180, lookat=(0, 0, 1))  # m, degrees; the paper's
+ORIGINAL_CAMERA = dict(distance=4.0, elevation=-20, azimuth=90, lookat=(0, 0, 2))  # Gymnasium's, but it follows
 SHELL, JOINT, ACCENT = (.86, .88, .90, 1), (.20, .22, .26, 1), (.93, .45, .13, 1)  # rgba
 PAINT = {"torso1": SHELL, "head": SHELL, "uwaist": JOINT, "lwaist": JOINT, "butt": SHELL, "thigh1": JOINT,
          "shin1": SHELL, "foot": ACCENT, "uarm1": JOINT, "larm": SHELL, "hand": ACCENT}
 
 
 class Scene:
-    """Gymnasium's humanoid, repainted in memory, and a camera. Physics is untouched: even a small floor has no edge.
+    """Gymnasium's humanoid, repainted in memory, and a camera. Physics is untouched; to it, a small floor is endless.
 
     size: (height, width) in pixels. look: "realistic", or "original" for Gymnasium's own colours. effects: shadows,
-    reflections and smooth edges, for people: CLIP sees the pose without them, for a small part of the time.
+    reflections and smooth edges, for people: CLIP sees the pose without them, at a fraction of the cost.
     """
 
     def __init__(self, size=(96, 96), look: str = "realistic", camera: dict = CAMERA, effects: bool = False):
@@ -235,9 +239,17 @@ class Scene:
                 self.renderer.scene.flags[flag] = self.effects
         mujoco.mj_kinematics(self.model, data)  # a step leaves the positions of a moment before its state
         mujoco.mj_camlight(self.model, data)
-        self.camera.lookat[:] = data.qpos[0], data.qpos[1], 1.0
+        self.camera.lookat[:2] = data.qpos[:2]
         self.renderer.update_scene(data, self.camera)
         return self.renderer.render()
+
+
+def render_states(scene: Scene, states) -> np.ndarray:
+    """qpos (N, 24) -> frames, uint8 (N, height, width, 3)."""
+    data, frames = mujoco.MjData(scene.model), np.empty((len(states), *scene.size, 3), np.uint8)
+    for i, data.qpos[:] in enumerate(states):
+        frames[i] = scene.render(data)
+    return frames
 
 
 class Pose(NamedTuple):
@@ -278,6 +290,22 @@ def measure(model: mujoco.MjModel, data: mujoco.MjData) -> Pose:
                 feet=points(data.geom, "left_foot", "right_foot"))
 
 
+def measure_states(model: mujoco.MjModel, states) -> Pose:
+    """qpos (N, 24) -> a Pose of (N, ...) arrays."""
+    data, poses = mujoco.MjData(model), []
+    for data.qpos[:] in states:
+        poses.append(measure(model, data))
+    return Pose(*(np.stack(values) for values in zip(*poses)))
+
+
+def lowest_point(model: mujoco.MjModel, data: mujoco.MjData) -> float:
+    """Height of the body's lowest point above the floor, in metres."""
+    mujoco.mj_kinematics(model, data)
+    capsule = model.geom_type[1:] == mujoco.mjtGeom.mjGEOM_CAPSULE  # the rest are spheres; geom 0 is the floor
+    half = np.where(capsule, np.abs(data.geom_xmat[1:, 8]) * model.geom_size[1:, 1], 0)
+    return float((data.geom_xpos[1:, 2] - model.geom_size[1:, 0] - half).min())
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. The tasks of Tables 1-3: a prompt, and a judge in the place of the paper's person who watches videos: the paper's
 # criterion in metres and degrees. It reads the simulator; neither training nor selection reads it.
@@ -291,67 +319,82 @@ def upright(p):
     return p.up[..., Z] > 0.7  # the torso leans less than 45 degrees
 
 
+# Each condition is a dict of named parts that all have to hold: what meets all but one is a near miss, which a good
+# reward has to tell from the goal.
+
+
+def holds(condition, p) -> np.ndarray:
+    """Whether every part of the condition holds: bool, with the pose's leading dimensions."""
+    return np.logical_and.reduce(list(condition(p).values()))
+
+
 def kneeling(p):
     """Both knees on the floor, shins behind them, upright; not sunk to a seat, nor in the lotus."""
-    return (upright(p) & (p.knees[..., Z] < 0.11).all(-1) & (p.knees[..., X] - p.feet[..., X] > 0.15).all(-1)
-            & (np.abs(p.knees[..., Y]) < 0.30).all(-1) & (p.pelvis[..., Z] > 0.22) & ~lotus(p))
+    return {"upright": upright(p), "knees on the floor": (p.knees[..., Z] < 0.11).all(-1),
+            "shins behind": (p.knees[..., X] - p.feet[..., X] > 0.15).all(-1),
+            "knees near the middle": (np.abs(p.knees[..., Y]) < 0.30).all(-1),
+            "not seated": (p.pelvis[..., Z] > 0.22) & ~holds(lotus, p)}
 
 
 def lotus(p):
     """Seated as low as these legs allow, both knees on the floor and turned out, both feet inwards of the knees."""
     out = p.knees[..., Y] * SIDES  # (..., 2)
-    return (upright(p) & (p.pelvis[..., Z] < 0.32) & (p.knees[..., Z] < 0.16).all(-1)
-            & (out > 0.18).all(-1) & (out - p.feet[..., Y] * SIDES > 0.05).all(-1) & (p.knees[..., X] > -0.05).all(-1)
-            & (np.abs(p.feet[..., X]) < 0.30).all(-1))
-
-
-def at_full_height(p):
-    return (p.up[..., Z] > 0.8) & (p.pelvis[..., Z] > 0.80)
+    return {"seated upright": upright(p) & (p.pelvis[..., Z] < 0.32),
+            "knees on the floor": (p.knees[..., Z] < 0.16).all(-1) & (p.knees[..., X] > -0.05).all(-1),
+            "knees outwards": (out > 0.18).all(-1),
+            "feet inwards": (out - p.feet[..., Y] * SIDES > 0.05).all(-1) & (np.abs(p.feet[..., X]) < 0.30).all(-1)}
 
 
 def standing(p):
     """On both feet, legs nearly straight, torso upright."""
-    return at_full_height(p) & (p.feet[..., Z] < 0.13).all(-1)
+    return {"torso upright": p.up[..., Z] > 0.8, "at full height": p.pelvis[..., Z] > 0.80,
+            "both feet down": (p.feet[..., Z] < 0.13).all(-1)}
 
 
 def arms_raised(p):
     """Standing, both hands above the top of the head."""
-    return standing(p) & (p.hands[..., Z] > p.head[..., Z, None] + 0.09).all(-1)
+    return {"standing": holds(standing, p),
+            "hands above the head": (p.hands[..., Z] > p.head[..., Z, None] + 0.09).all(-1)}
 
 
 def splits(p):
     """On the floor, both legs straight along it and each more than 45 degrees to its own side, torso upright."""
     leg, thigh, shin = p.feet - p.hips, p.knees - p.hips, p.feet - p.knees
     lengths = np.linalg.norm(thigh, axis=-1) * np.linalg.norm(shin, axis=-1)
-    straight = (thigh * shin).sum(-1) > 0.87 * lengths  # bent by less than 30 degrees
-    return (upright(p) & (p.pelvis[..., Z] < 0.22) & straight.all(-1) & (p.feet[..., Z] < 0.25).all(-1)
-            & (leg[..., Y] * SIDES > np.abs(leg[..., X])).all(-1))
+    return {"upright": upright(p), "on the floor": (p.pelvis[..., Z] < 0.22) & (p.feet[..., Z] < 0.25).all(-1),
+            "legs straight": ((thigh * shin).sum(-1) > 0.87 * lengths).all(-1),  # bent by less than 30 degrees
+            "legs to the sides": (leg[..., Y] * SIDES > np.abs(leg[..., X])).all(-1)}
 
 
 def hands_on_hips(p):
     """Standing, each hand within 15 cm of its side of the pelvis and not hanging below it, elbows further out."""
     hip = p.pelvis[..., None, :] + np.array([[0, 0.2, 0], [0, -0.2, 0]])
-    return (standing(p) & (np.linalg.norm(p.hands - hip, axis=-1) < 0.15).all(-1)
+    return {"standing": holds(standing, p),
+            "hands on the hips": (np.linalg.norm(p.hands - hip, axis=-1) < 0.15).all(-1)
             & (p.hands[..., Z] > p.pelvis[..., Z, None] - 0.08).all(-1)
-            & ((p.elbows - p.hands)[..., Y] * SIDES > 0).all(-1))
+            & ((p.elbows - p.hands)[..., Y] * SIDES > 0).all(-1)}
 
 
 def one_leg(p):
     """One foot alone on the floor, the other at least 15 cm above it, and otherwise standing."""
     low, high = p.feet[..., Z].min(-1), p.feet[..., Z].max(-1)
-    return at_full_height(p) & (low < 0.13) & (high - low > 0.15)
+    return {"upright at full height": (p.up[..., Z] > 0.8) & (p.pelvis[..., Z] > 0.80), "a foot down": low < 0.13,
+            "the other up": high - low > 0.15}
 
 
 def arms_crossed(p):
     """Standing, forearms really crossed before the chest: each hand past the middle, and further than its elbow."""
-    return (standing(p) & (p.hands[..., Y] * SIDES < -0.04).all(-1) & ((p.elbows - p.hands)[..., Y] * SIDES > 0).all(-1)
-            & (p.hands[..., X] > 0.05).all(-1) & (p.hands[..., Z] < p.shoulders[..., Z] + 0.05).all(-1)
+    return {"standing": holds(standing, p),
+            "forearms crossed": (p.hands[..., Y] * SIDES < -0.04).all(-1)
+            & ((p.elbows - p.hands)[..., Y] * SIDES > 0).all(-1),
+            "before the chest": (p.hands[..., X] > 0.05).all(-1)
+            & (p.hands[..., Z] < p.shoulders[..., Z] + 0.05).all(-1)
             & (p.hands[..., Z] > p.pelvis[..., Z, None] + 0.1).all(-1)
-            & (np.abs(p.hands[..., 0, Z] - p.hands[..., 1, Z]) < 0.2))
+            & (np.abs(p.hands[..., 0, Z] - p.hands[..., 1, Z]) < 0.2)}
 
 
 BASELINE_PROMPT = "a humanoid robot"  # for all eight tasks
-TASKS: dict[str, tuple[str, Callable[[Pose], np.ndarray]]] = {  # name: (goal prompt, success condition)
+TASKS: dict[str, tuple[str, Callable[[Pose], dict]]] = {  # name: (goal prompt, success condition)
     "kneeling": ("a humanoid robot kneeling", kneeling),
     "lotus": ("a humanoid robot seated down, meditating in the lotus position", lotus),
     "standing": ("a humanoid robot standing up", standing),
@@ -375,8 +418,10 @@ class Humanoid(HumanoidEnv):
 
     def step(self, action):
         observation, reward, terminated, truncated, _ = super().step(action)
-        success = {} if self.condition is None else {"success": bool(self.condition(measure(self.model, self.data)))}
-        return observation, reward, terminated, truncated, success
+        info = {}
+        if self.condition is not None:
+            info["success"] = bool(holds(self.condition, measure(self.model, self.data)))
+        return observation, reward, terminated, truncated, info
 
     def render(self):
         return self.scene.render(self.data)
@@ -401,15 +446,249 @@ def success_rates(success) -> tuple[float, float]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 5. The command line
+# 5. Judging a reward before training on it: how far is it from "is the goal reached?" over many different states?
+
+EVALUATION_STATES = Path(__file__).parent / "evaluation" / "states.npz"
+
+
+def canonically_shaped(reward: np.ndarray, gamma: float) -> np.ndarray:
+    """C(R) beneath equation (4): removes what potential shaping adds, which changes a reward but no optimal policy.
+
+    reward (S, A, S): R(s, a, s') of a finite problem -> the same shape. States and actions are drawn uniformly.
+    """
+    mean = reward.mean((1, 2))  # (S,) E[R(s, A, S')]
+    return reward + gamma * mean - mean[:, None, None] - gamma * mean.mean()
+
+
+def epic_distance(reward_a, reward_b, gamma: float = 0.99) -> float:
+    """Equation (4), Definition 2: 0 for rewards that differ by scale, shift and shaping alone, 1 for opposite ones.
+
+    Both (S, A, S): any rewards R(s, a, s') of a finite problem. Both (N,): rewards of N states; then, by Lemma 1, since
+    R depends on s' alone, no shaping is needed. Raises ValueError for other shapes, NaN, or a constant reward.
+    """
+    a, b = (np.asarray(reward, dtype=np.float64) for reward in (reward_a, reward_b))
+    if a.shape != b.shape or a.ndim not in (1, 3) or a.shape[0] != a.shape[-1]:
+        raise ValueError(f"rewards of shapes {a.shape} and {b.shape}; they have to be both (N,) or both (S, A, S)")
+    scales = [np.abs(a).max(), np.abs(b).max()]
+    if a.ndim == 3:
+        a, b = canonically_shaped(a, gamma), canonically_shaped(b, gamma)
+    a, b = a - a.mean(), b - b.mean()
+    norms = np.linalg.norm(a), np.linalg.norm(b)
+    if not all(norm > 1e-12 * scale for norm, scale in zip(norms, scales)):
+        raise ValueError("a reward is constant or NaN here: its correlation with another is undefined")
+    # with rho the correlation, |x - y|^2 = 2 - 2 rho for unit vectors; sqrt((1 - rho) / 2) itself would lose digits
+    return float(np.linalg.norm(a / norms[0] - b / norms[1]) / 2)
+
+
+def auc(reward: np.ndarray, goal: np.ndarray) -> float:
+    """The chance that a goal state (goal: bool (N,)) has a higher reward (N,) than one that is not; ties count half.
+
+    NaN where one of the two kinds is missing.
+    """
+    if goal.all() or not goal.any():
+        return float("nan")
+    ours, others = reward[goal][:, None], reward[~goal]
+    return float((ours > others).mean() + 0.5 * (ours == others).mean())
+
+
+def pose_path(model: mujoco.MjModel, start, goal, count: int = 25) -> np.ndarray:
+    """`count` states from one qpos (24,) to another, each joint in equal steps, the body always on the floor."""
+    data, path = mujoco.MjData(model), []
+    if start[3:7] @ goal[3:7] < 0:
+        start = np.concatenate([start[:3], -start[3:7], start[7:]])  # the same orientation, nearer as a quaternion
+    for t in np.linspace(0, 1, count):
+        data.qpos[:] = (1 - t) * start + t * goal
+        data.qpos[2] -= lowest_point(model, data)
+        path.append(data.qpos.copy())
+    return np.array(path)
+
+
+def embed_states(clip: CLIP, scene: Scene, states, bar) -> torch.Tensor:
+    """qpos (N, 24) -> embeddings of their pictures (N, D), a few hundred at a time to bound the memory."""
+    parts = []
+    for part in np.array_split(states, -(-len(states) // 256)):
+        parts.append(clip.embed_images(render_states(scene, part)))
+        bar.update(len(part))
+    return torch.cat(parts)
+
+
+OURS = "textures and camera"
+SCENES = {"original": ("original", ORIGINAL_CAMERA), "textures": ("realistic", ORIGINAL_CAMERA),
+          OURS: ("realistic", CAMERA)}  # look and camera, as in Fig. 3
+
+
+def short(model: str) -> str:
+    """A model's name as a folder may have it."""
+    name = Path(model[10:]).resolve().name if model.startswith("local-dir:") else model
+    return name.replace("/", "-").replace(":", "-")
+
+
+def evaluate(args):
+    """Judges rewards on a fixed set of states; see `python vlmrm.py evaluate --help` for what it reads and leaves."""
+    start, device = time.time(), args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    out, tasks = args.out or Path("runs/evaluate"), list(dict.fromkeys(args.task or TASKS))
+    alphas = sorted(set(args.alpha))
+    middle = alphas[len(alphas) // 2]  # for figures of one alpha
+    models = {short(model): model for model in args.model}
+    check_free(out, args.overwrite, "table.csv")
+    with np.load(EVALUATION_STATES) as file:
+        states, origin = file["states"].astype(float), file["origin"]  # qpos (N, 24), and where each comes from
+    model = Scene().model
+    pose = measure_states(model, states)
+    parts = {task: np.stack(list(TASKS[task][1](pose).values())) for task in TASKS}  # bool (parts, N) each
+    goals = {task: p.all(0) for task, p in parts.items()}  # bool (N,)
+    near = {task: p.sum(0) >= len(p) - 1 for task, p in parts.items()}  # the goal, and what misses one part of it
+    example = {task: states[goals[task] & (origin == f"scripted {task}")][0] for task in TASKS}
+    paths = {task: pose_path(model, example["kneeling" if task == "standing" else "standing"], example[task])
+             for task in tasks}
+    rows = []
+    with tqdm(total=len(models) * (len(SCENES) * len(states) + sum(map(len, paths.values()))), unit="frame") as bar:
+        for name, model in models.items():
+            clip = CLIP(model, device, args.precision)
+            size = sum(p.numel() for p in clip.model.visual.parameters())
+            baseline = clip.embed_text(args.baseline or [BASELINE_PROMPT])
+            goal = {task: clip.embed_text(TASKS[task][0]) for task in tasks}  # (D,) each
+            for alpha in alphas:  # a mistake fails now, not after all the frames
+                goal_baseline_reward(baseline[None], goal[tasks[0]], baseline, alpha)
+            seen = {key: embed_states(clip, Scene(clip.size, *scene), states, bar) for key, scene in SCENES.items()}
+            rewards, curves, scene = {}, {}, Scene(clip.size)
+            for task in tasks:
+                path = embed_states(clip, scene, paths[task], bar)
+                for alpha in alphas:
+                    curves[task, alpha] = goal_baseline_reward(path, goal[task], baseline, alpha).cpu().numpy()
+                    for key, embeddings in seen.items():
+                        r = goal_baseline_reward(embeddings, goal[task], baseline, alpha).cpu().numpy()
+                        y, among, epic = goals[task], near[task], epic_distance(r, goals[task])
+                        rows.append(dict(model=name, parameters=size, scene=key, alpha=alpha, task=task, epic=epic,
+                                         pearson=1 - 2 * epic**2, auc=auc(r, y), auc_near=auc(r[among], y[among])))
+                        if alpha == middle and key == OURS:
+                            rewards[task] = r
+            if name == next(iter(models)):  # there is a result: now an older one may go
+                shutil.rmtree(out, ignore_errors=True)
+            (out / name).mkdir(parents=True)
+            with open(out / "table.csv", "w", newline="") as file:
+                writer = csv.DictWriter(file, rows[0])
+                writer.writeheader()
+                writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+            plot_paths(out / name / "paths.png", name, paths, curves)
+            plot_histograms(out / name / "histograms.png", f"{name}, alpha {middle:g}", rewards, goals)
+            plot_frames(out / name / "frames.png", f"{name}, alpha {middle:g}", rewards, goals, states)
+            plot_epic(out, rows, middle)
+    print("model                     parameters alpha  task            EPIC    AUC   near Pearson")
+    for row in rows:
+        if row["scene"] == OURS:
+            print("{model:24.24} {parameters:11,} {alpha:5g}  {task:14} {epic:5.3f} {auc:6.4f} {auc_near:6.4f} "
+                  "{pearson:7.3f}".format(**row))
+    print(f"{len(states):,} states, {time.time() - start:.0f} seconds. See the figures and table.csv in {out}/")
+
+
+def panels(count: int, caption: str, **labels):
+    """A captioned figure with `count` panels, up to four in a row."""
+    across, down = min(count, 4), -(-count // 4)
+    figure = Figure(figsize=(max(3.4 * across, 6.8), 3 * down + 0.9), layout="constrained")
+    figure.suptitle(caption, fontsize="medium", wrap=True)
+    axes = figure.subplots(down, across, squeeze=False).ravel()
+    for axis in axes[count:]:
+        axis.set_axis_off()
+    for axis in axes[:count]:
+        axis.set(**labels)
+    return figure, axes[:count]
+
+
+def plot_paths(file, name, paths, curves):
+    """paths[task]: states (T, 24); curves[task, alpha]: their rewards (T,)."""
+    figure, axes = panels(len(paths), f"{name}: reward along a path of poses that ends in the goal; grey where it is "
+                          "reached. A good reward rises towards it", xlabel="share of the way", ylabel="reward")
+    scene = Scene((96, 96))
+    for axis, (task, states) in zip(axes, paths.items()):
+        way, reached = np.linspace(0, 1, len(states)), holds(TASKS[task][1], measure_states(scene.model, states))
+        axis.fill_between(way, 0, 1, reached, step="mid", color="0.9", transform=axis.get_xaxis_transform())
+        for alpha in [alpha for key, alpha in curves if key == task]:
+            axis.plot(way, curves[task, alpha], color=(0.8 * alpha, 0.3, 0.8 * (1 - alpha)), label=f"alpha {alpha:g}")
+        strip = axis.inset_axes([0, 1.02, 1, 0.24], xticks=[], yticks=[], title=task)
+        strip.imshow(np.concatenate(list(render_states(scene, states[::6])), 1), aspect="auto")
+    axes[0].legend(fontsize="x-small")
+    figure.savefig(file, dpi=100)
+
+
+def plot_histograms(file, name, rewards, goals):
+    """rewards[task], goals[task]: of all states, (N,)."""
+    figure, axes = panels(len(rewards), f"{name}: rewards of goal states and of all others. A good reward keeps them "
+                          "apart", xlabel="reward", ylabel="share of its kind")
+    for axis, (task, r) in zip(axes, rewards.items()):
+        goal = goals[task]
+        bins = np.linspace(r.min(), r.max(), 40)
+        for kind, which in ("other", ~goal), ("goal", goal):
+            axis.hist(r[which], bins, weights=which[which] / which.sum(), alpha=0.6, label=f"{kind} ({which.sum()})")
+        axis.set_title(task)
+        axis.legend(fontsize="x-small")
+    figure.savefig(file, dpi=100)
+
+
+def plot_frames(file, name, rewards, goals, states, each=6):
+    """What a reward really likes: the first thing to look at before training on it."""
+    figure = Figure(figsize=(15, 1.05 * len(rewards) + 0.7), layout="constrained")
+    scene = Scene((160, 160), effects=True)
+    figure.suptitle(f"{name}: frames (their middle) by reward; green: the goal, by the simulator")
+    for row, (task, r) in zip(figure.subplots(len(rewards), 4, squeeze=False), rewards.items()):
+        goal, order = goals[task], r.argsort()[::-1]
+        kinds = {"highest of all": order[:each], "highest that are not the goal": order[~goal[order]][:each],
+                 "lowest that are the goal": order[goal[order]][-each:], "lowest of all": order[-each:]}
+        row[0].set_ylabel(task)
+        for axis, (kind, which) in zip(row, kinds.items()):
+            tiles = render_states(scene, states[which])[:, 25:143, 21:139]
+            for tile, reached in zip(tiles, goal[which]):
+                color = (40, 180, 60) if reached else (0, 0, 0)
+                tile[:3], tile[-3:], tile[:, :3], tile[:, -3:] = color, color, color, color
+            axis.imshow(np.concatenate(tiles, 1))
+            axis.set(xticks=59 + 118 * np.arange(each), yticks=[], xticklabels=[f"{x:.2f}" for x in r[which]])
+            if row[0].get_subplotspec().is_first_row():
+                axis.set_title(kind, fontsize="medium")
+    figure.savefig(file, dpi=100)
+
+
+def plot_epic(out, rows, middle):
+    """EPIC against alpha (Fig. 4a), against the number of parameters (Fig. 4b), and by scene (Fig. 3)."""
+    tasks, models = (list(dict.fromkeys(row[key] for row in rows)) for key in ("task", "model"))
+    figure, axes = panels(len(tasks), "EPIC distance of the reward to the goal, by alpha: 0 is perfect, 0.71 unrelated",
+                          xlabel="alpha", ylabel="EPIC distance", ylim=(0, 1))
+    for axis, task in zip(axes, tasks):
+        axis.axhline(0.5**0.5, color="0.7", ls=":")
+        axis.set_title(task)
+        for model in models:
+            some = [row for row in rows if (row["task"], row["model"], row["scene"]) == (task, model, OURS)]
+            axis.plot([row["alpha"] for row in some], [row["epic"] for row in some], "o-", ms=3, label=model)
+    axes[0].legend(fontsize="x-small")
+    figure.savefig(out / "epic_alpha.png", dpi=100)
+
+    def mean(**wanted):  # over the tasks
+        return np.mean([row["epic"] for row in rows if wanted.items() <= row.items()])
+    figure, (axis,) = panels(1, f"Mean EPIC distance over {len(tasks)} tasks, alpha {middle:g}, by size of the model",
+                             xlabel="parameters of the image tower", ylabel="EPIC distance", xscale="log", ylim=(0, 1))
+    for model in models:
+        size = next(row["parameters"] for row in rows if row["model"] == model)
+        axis.plot(size, mean(model=model, scene=OURS, alpha=middle), "o", label=model)
+    axis.legend(fontsize="x-small")
+    figure.savefig(out / "epic_size.png", dpi=100)
+
+    figure, (axis,) = panels(1, f"Mean EPIC distance over {len(tasks)} tasks, alpha {middle:g}, by what CLIP is shown",
+                             ylabel="EPIC distance", ylim=(0, 1))
+    for i, model in enumerate(models):
+        axis.bar(np.arange(len(SCENES)) + (i + 0.5) * 0.8 / len(models) - 0.4,
+                 [mean(model=model, scene=scene, alpha=middle) for scene in SCENES], 0.8 / len(models), label=model)
+    axis.set_xticks(range(len(SCENES)), SCENES)
+    axis.legend(fontsize="x-small")
+    figure.savefig(out / "epic_scene.png", dpi=100)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. The command line
 
 
 def plot_curve(rows: list[dict], prompt: str, path):
     """CLIP reward beside the independent success rate: where only the first rises, the policy hacks the reward."""
-    from matplotlib.figure import Figure  # not pyplot, which would look for a display
     judged = [row for row in rows if "eval_reward" in row]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    left = figure.add_subplot(title=f'"{prompt}"', xlabel="environment steps", ylabel="mean CLIP reward of a step")
+    figure, (left,) = panels(1, f'"{prompt}"', xlabel="environment steps", ylabel="mean CLIP reward of a step")
     right = left.twinx()
     right.set(ylabel="success rate, judged from the simulator", ylim=(-0.02, 1.02))
     for axis, key, style, label in ((left, "reward", "C0-", "CLIP reward while exploring"),
@@ -437,6 +716,14 @@ def record_video(act, camera: dict, look: str, path, steps: int = 100, episodes:
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=90, loop=0)  # 3 steps of 15 ms in 90 ms
 
 
+def check_free(out: Path, overwrite: bool, *marks: str):
+    """Raises ValueError unless the folder is new or empty, or may be overwritten and holds all the files `marks`."""
+    ours = all((out / mark).exists() for mark in marks)
+    if out.is_file() or out.is_dir() and any(out.iterdir()) and not (overwrite and ours):
+        raise ValueError(f"{out} already holds a run or other files: name another folder by --out, or replace a run by "
+                         "--overwrite")
+
+
 COLUMNS = ["steps", "reward", "success", "success_held", "eval_reward", "eval_success", "eval_success_held",
            "critic_loss", "actor_loss", "temperature", "entropy"]
 
@@ -448,15 +735,15 @@ def train(args):
     prompt, condition = args.prompt or [TASKS[task][0]], TASKS[task][1] if task else None
     baseline = args.baseline or [BASELINE_PROMPT]
     name = task or "-".join("".join(c if c.isalnum() else " " for c in prompt[0].lower()).split())[:60]
+    name += f"-{short(args.model)}" * (args.model != EMBEDDED_CLIP) + f"-alpha{args.alpha:g}" * (args.alpha != 0.5)
     out = args.out or Path("runs") / f"{name}-seed{args.seed}"
-    a_run = (out / "config.json").exists() and (out / "metrics.csv").exists()
-    if out.is_file() or out.is_dir() and any(out.iterdir()) and not (args.overwrite and a_run):
-        raise ValueError(f"{out} already holds a run or other files: name another folder by --out, or replace a run by "
-                         "--overwrite")
+    check_free(out, args.overwrite, "config.json", "metrics.csv")
+    if args.envs < 1 or args.episodes < 1:
+        raise ValueError(f"--envs {args.envs}, --episodes {args.episodes}: at least one of each")
 
     clip = CLIP(args.model, device, args.precision)
     reward_fn = VLMReward(clip, prompt, baseline, args.alpha)
-    camera = dict(distance=args.distance, elevation=args.elevation, azimuth=args.azimuth)
+    camera = CAMERA | dict(distance=args.distance, elevation=args.elevation, azimuth=args.azimuth)
     scene = Scene(clip.size, args.look, camera)
     scene.render(mujoco.MjData(scene.model))  # without OpenGL, fail now and not after the first round
     config = sac.Config(**{field.name: getattr(args, field.name) for field in fields(sac.Config)})
@@ -518,6 +805,18 @@ def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(prog="vlmrm.py", description="One sentence in, a trained humanoid out.", epilog=(
         "Without a command: train kneeling with the embedded CLIP. Each command has its own --help."))
     commands = main.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add_clip(group, **several):  # what both commands ask of a CLIP
+        default = [EMBEDDED_CLIP] if several else EMBEDDED_CLIP
+        group.add_argument("--model", default=default, **several, help="NAME/TAG from open_clip's list, hf-hub:REPO or "
+                           "local-dir:PATH. Left out: the embedded one, trained on pictures of this robot, a stand-in "
+                           "and not a zero-shot model")
+        group.add_argument("--precision", choices=["fp32", "fp16", "bf16"], default="fp32",
+                           help="of CLIP's weights. Left out: fp32")
+        group.add_argument("--device", help="cpu, cuda, cuda:1, ... Left out: cuda where there is one")
+        group.add_argument("--baseline", action="append", metavar="PROMPT",
+                           help=f"the scene without the goal; several are averaged. Left out: {BASELINE_PROMPT}")
+
     command = commands.add_parser("train", usage="vlmrm.py train [PROMPT ...] [OPTIONS]", formatter_class=Formatter,
                                   help="train a policy on a sentence", description=(
         "Trains SAC on the humanoid, rewarded by CLIP for looking like a sentence, and leaves in runs/NAME/:\n"
@@ -531,16 +830,8 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--task", choices=TASKS,
                        help="one of the paper's: its prompt (unless you give another) and its success condition. "
                        "Without a prompt: kneeling")
-    group.add_argument("--baseline", action="append", metavar="PROMPT",
-                       help=f"the scene without the goal; several are averaged. Left out: {BASELINE_PROMPT}")
     group.add_argument("--alpha", type=float, default=0.5, help="strength of the projection, from 0 (plain CLIP) to 1")
-    group = command.add_argument_group("the CLIP")
-    group.add_argument("--model", default=EMBEDDED_CLIP, help="NAME/TAG from open_clip's list, hf-hub:REPO or "
-                       "local-dir:PATH. Left out: the embedded one, trained on pictures of this robot, a stand-in and "
-                       "not a zero-shot model")
-    group.add_argument("--precision", choices=["fp32", "fp16", "bf16"], default="fp32",
-                       help="of CLIP's weights. Left out: fp32")
-    group.add_argument("--device", help="cpu, cuda, cuda:1, ... Left out: cuda where there is one")
+    add_clip(command.add_argument_group("the CLIP"))
     group = command.add_argument_group("the scene")
     group.add_argument("--look", choices=["realistic", "original"], default="realistic",
                        help="the colours; original is Gymnasium's own. Left out: realistic")
@@ -554,8 +845,26 @@ def parser() -> argparse.ArgumentParser:
         group.add_argument(flag, type=field.type, default=field.default, help=field.metadata["help"])
     group = command.add_argument_group("the output")
     group.add_argument("--episodes", type=int, default=100, help="episodes of the final judgement")
-    group.add_argument("--out", type=Path, help="folder of the run; left out: runs/TASK-seedN")
+    group.add_argument("--out", type=Path, help="folder of the run; left out: runs/TASK-seedN, with the model "
+                       "and alpha in its name where they are not the usual")
     group.add_argument("--overwrite", action="store_true", help="replace a run that is already there")
+
+    command = commands.add_parser("evaluate", formatter_class=Formatter, help="judge rewards before training on them",
+                                  description=(
+        "Compares CLIP rewards with the tasks' success conditions on the fixed states in evaluation/, and leaves in\n"
+        "runs/evaluate/:\n"
+        "  table.csv         for each model, scene, alpha and task: EPIC distance (0 perfect, .71 unrelated), Pearson\n"
+        "                    correlation, and AUC against all other states and against near misses alone\n"
+        "  epic_*.png        EPIC by alpha, by size of the model, and by scene, the models side by side\n"
+        "  MODEL/paths.png, MODEL/histograms.png, MODEL/frames.png    what the reward of one model looks like"))
+    command.set_defaults(function=evaluate)
+    command.add_argument("--task", nargs="+", choices=TASKS, metavar="TASK",
+                         help=f"of {', '.join(TASKS)}. Left out: all eight")
+    command.add_argument("--alpha", nargs="+", type=float, default=[0, 0.25, 0.5, 0.75, 1],
+                         help="the middle one is drawn where a figure needs one. Left out: 0 0.25 0.5 0.75 1")
+    add_clip(command, nargs="+")
+    command.add_argument("--out", type=Path, help="folder of the figures; left out: runs/evaluate")
+    command.add_argument("--overwrite", action="store_true", help="replace an evaluation that is already there")
     return main
 
 
