@@ -15,6 +15,8 @@ import vlmrm            # first: it chooses MuJoCo's renderer, and imports torch
 import sac
 import gymnasium
 import mujoco
+import nbclient
+import nbformat
 import numpy as np
 import open_clip
 import pytest
@@ -823,6 +825,44 @@ def test_evaluate_leaves_figures_that_are_not_blank(evaluation):
               for figure in ("paths", "histograms", "frames")]
     for name in names:
         assert np.asarray(Image.open(out / name).convert("L")).std() > 10, name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The notebook
+
+
+def test_notebook_runs_from_top_to_bottom_without_a_warning(monkeypatch):
+    monkeypatch.setenv("VLMRM_NOTEBOOK_STEPS", "6400")
+    notebook = nbformat.read(ROOT / "notebook.ipynb", 4)
+    nbclient.NotebookClient(notebook, kernel_name="python3", resources=dict(metadata=dict(path=str(ROOT)))).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert not [output for output in outputs if output.get("name") == "stderr"]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 12
+    assert any("image/gif" in output.get("data", {}) for output in outputs)
+
+
+def test_notebook_is_committed_with_its_outputs_and_short_cells():
+    path = ROOT / "notebook.ipynb"
+    cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+    assert path.stat().st_size < 5_000_000 and max(len(cell.source.splitlines()) for cell in cells) <= 22
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+
+
+def test_notebooks_setup_cell_fetches_the_repository_into_a_bare_folder(tmp_path):
+    origin, bare = tmp_path / "origin", tmp_path / "bare"
+    for folder in (origin, bare):
+        folder.mkdir()
+    for name in ("vlmrm.py", "requirements.txt"):
+        shutil.copy(ROOT / name, origin)
+    git = ["git", "-C", origin, "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):
+        subprocess.run(git + command, check=True)
+    setup = next(cell.source for cell in nbformat.read(ROOT / "notebook.ipynb", 4).cells if cell.cell_type == "code")
+    instead = dict(GIT_CONFIG_COUNT="1", GIT_CONFIG_KEY_0=f"url.file://{origin}.insteadOf",
+                   GIT_CONFIG_VALUE_0="https://github.com/vlmrm/vlmrm", PIP_NO_INDEX="1")
+    subprocess.run([sys.executable, "-c", setup + "\nassert os.path.exists('vlmrm.py')"], cwd=bare, check=True,
+                   env=os.environ | instead)
+    assert (bare / "vlmrm/vlmrm.py").is_file()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
