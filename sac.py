@@ -1,9 +1,9 @@
 """Soft Actor-Critic that learns from a function of frames: Algorithm 1 of the VLM-RM paper, from nothing but PyTorch.
 
-The loop knows nothing of CLIP. Many environments step together for a round and keep what they saw; then the round's
-frames are labelled in one batch by `reward_fn(frames) -> rewards`, which is what makes a big vision model affordable;
-then SAC updates its networks from a replay buffer of labelled transitions. For Gymnasium vector environments that draw
-frames and leave the reset to their caller:
+The loop knows nothing of CLIP. Many environments step together for a round, an episode of each, and keep what they saw;
+then all those frames are labelled in one batch by `reward_fn(frames) -> rewards`, which is what makes a big vision
+model affordable; then SAC updates its networks from a replay buffer of labelled transitions. For Gymnasium vector
+environments that draw frames and leave the reset to their caller:
 
     agent = SAC(envs.single_observation_space, envs.single_action_space, Config(steps=100_000))
     for row in train(agent, envs, eval_envs, reward_fn):  # one row of numbers a round
@@ -14,12 +14,17 @@ estimates the discounted sum of future rewards, plus a temperature times the ent
 things out is worth something. The actor learns to choose actions that the critic values; the temperature is tuned to
 hold the entropy at a target. The smaller of two critics, and slow copies of both, keep the estimates sober.
 """
+import contextlib
 import copy
+import io
 import math
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -53,9 +58,12 @@ class Config:
     seed: int = setting(0, "of everything random")
 
     def __post_init__(self):
+        most = dict(gamma=1, tau=1, actor_tau=1)
         for name, value in vars(self).items():
-            if name != "seed" and not value > 0:
-                raise ValueError(f"{name} is {value}; it has to be above 0")
+            if name != "seed" and not (math.isfinite(value) and 0 < value <= most.get(name, value)):
+                raise ValueError(f"{name} is {value}; it has to be finite, above 0" + " and at most 1" * (name in most))
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it has to be at least 0")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -103,24 +111,20 @@ class Actor(nn.Module):
 
 
 class TwinCritic(nn.Module):
-    """Q1(s, a) and Q2(s, a): two separate networks whose weights are stacked, so that one matmul evaluates both."""
+    """Q1(s, a) and Q2(s, a): two separate networks. Layer norm keeps their values from diverging."""
 
     def __init__(self, obs_size: int, act_size: int, hidden: int):
         super().__init__()
-        sizes = [obs_size + act_size, hidden, hidden, 1]
-        bound = [1 / math.sqrt(n) for n in sizes]  # nn.Linear's initialisation
-        weights = [torch.empty(2, i, o).uniform_(-k, k) for i, o, k in zip(sizes, sizes[1:], bound)]
-        biases = [torch.empty(2, 1, o).uniform_(-k, k) for o, k in zip(sizes[1:], bound)]
-        self.weights, self.biases = nn.ParameterList(weights), nn.ParameterList(biases)
+
+        def network():
+            return nn.Sequential(nn.Linear(obs_size + act_size, hidden), nn.LayerNorm(hidden), nn.ReLU(),
+                                 nn.Linear(hidden, hidden), nn.LayerNorm(hidden), nn.ReLU(), nn.Linear(hidden, 1))
+        self.q1, self.q2 = network(), network()
 
     def forward(self, obs, action):
         """obs (B, O), action (B, A) -> (2, B)."""
-        x = torch.cat([obs, action], -1).expand(2, -1, -1)  # (2, B, O + A)
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            x = torch.baddbmm(bias, x, weight)  # (2, B, hidden), at last (2, B, 1)
-            if i < 2:
-                x = F.relu(F.layer_norm(x, x.shape[-1:]))  # layer norm keeps the values from diverging
-        return x.squeeze(-1)
+        x = torch.cat([obs, action], -1)
+        return torch.stack([self.q1(x), self.q2(x)]).squeeze(-1)
 
 
 class ReplayBuffer:
@@ -128,21 +132,23 @@ class ReplayBuffer:
 
     def __init__(self, size: int, obs_size: int, act_size: int):
         self.size, self.next, self.full = size, 0, False
-        self.data = [torch.zeros(size, n) for n in (obs_size, act_size, 1, obs_size, 1)]
+        self.widths = [obs_size, act_size, 1, obs_size, 1]
+        self.data = torch.zeros(size, sum(self.widths))
 
     def __len__(self):
         return self.size if self.full else self.next
 
-    def add(self, *columns):  # each (n, width)
-        where = (self.next + torch.arange(len(columns[0]))) % self.size
-        for store, column in zip(self.data, columns):
-            store[where] = column
-        self.full |= self.next + len(where) >= self.size
-        self.next = (self.next + len(where)) % self.size
+    def add(self, rows):  # (n, all widths)
+        where = (self.next + torch.arange(len(rows))) % self.size
+        self.data[where] = rows
+        self.full |= self.next + len(rows) >= self.size
+        self.next = (self.next + len(rows)) % self.size
 
-    def sample(self, batch_size: int):
-        where = torch.randint(len(self), (batch_size,))
-        return [store[where] for store in self.data]
+    def sample(self, batch_size: int, device="cpu"):
+        """A random batch: obs (B, O), action (B, A), reward (B,), next_obs (B, O), terminated (B,)."""
+        rows = self.data[torch.randint(len(self), (batch_size,))].to(device)  # one copy, one transfer
+        obs, action, reward, next_obs, terminated = rows.split(self.widths, 1)
+        return obs, action, reward.squeeze(1), next_obs, terminated.squeeze(1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -166,7 +172,7 @@ class SAC(nn.Module):
         self.target_entropy = -float(act_size)  # the usual choice: -dim(A)
         self.to(device)
         self.optimizers = [torch.optim.Adam(parameters, config.learning_rate, fused=True) for parameters in (
-            self.critic.parameters(), self.actor.parameters(), [self.log_temperature])]
+            self.critic.parameters(), [*self.actor.parameters(), self.log_temperature])]
 
     @torch.no_grad()
     def act(self, obs, deterministic: bool = False) -> np.ndarray:
@@ -199,13 +205,12 @@ class SAC(nn.Module):
 
     def update(self, obs, action, reward, next_obs, terminated) -> dict:
         """One gradient step for all, on a batch: raw observations (B, O), actions (B, A), the rest (B,)."""
-        critic_optimizer, actor_optimizer, temperature_optimizer = self.optimizers
+        critic_optimizer, actor_optimizer = self.optimizers
         obs, next_obs = self.norm(obs), self.norm(next_obs)
         critic_loss = self.critic_loss(obs, action, reward, next_obs, terminated)
         descend(critic_optimizer, critic_loss)
         actor_loss, log_prob = self.actor_loss(obs)
-        descend(actor_optimizer, actor_loss)
-        descend(temperature_optimizer, self.temperature_loss(log_prob))
+        descend(actor_optimizer, actor_loss + self.temperature_loss(log_prob))  # neither has gradients of the other's
         with torch.no_grad():
             for slow, fast, tau in ((self.target, self.critic, self.config.tau),
                                     (self.mean_actor, self.actor, self.config.actor_tau)):
@@ -218,81 +223,151 @@ def descend(optimizer, loss):
     parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
     loss.backward(inputs=parameters)  # the actor's loss runs through the critics: their gradients are not wanted
+    if dist.is_initialized():  # each process has a share of the batch: from here on, its gradient is that of the whole
+        gradient = torch.cat([parameter.grad.flatten() for parameter in parameters])
+        dist.all_reduce(gradient)
+        shares = gradient.div_(dist.get_world_size()).split([parameter.numel() for parameter in parameters])
+        for parameter, share in zip(parameters, shares):
+            parameter.grad.copy_(share.view_as(parameter))
     optimizer.step()
 
 
-def rollout(envs, obs, act, steps, reward_fn):
-    """`steps` steps of every environment from observations `obs`, then all their frames labelled in one batch.
+def processes() -> tuple[int, int]:
+    """This process' number, and how many there are: (0, 1) unless torch.distributed has been initialised."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(x: np.ndarray) -> np.ndarray:
+    """The arrays of all processes, one after the other along the first axis."""
+    if not dist.is_initialized():
+        return x
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, x)
+    return np.concatenate(parts)
+
+
+def rollout(envs, act, steps, reward_fn, seed):
+    """`steps` steps of every environment, from fresh episodes (seeds seed, seed + 1, ...), labelled in one batch.
 
     act: observations (N, O) -> actions (N, A) in [-1, 1], which are stretched to the environments' own range. Returns
-    the columns obs, action, reward, next_obs, terminated, done, success, each (steps, N, ...), and the observations
-    to go on from. success is info["success"], NaN without one. Without a reward_fn: the environment's own reward.
+    the columns obs, action, reward, next_obs, terminated, success, each (steps, N, ...). success is info["success"],
+    NaN without one. Without a reward_fn: the environment's own reward.
     """
     low, high, columns, frames = envs.single_action_space.low, envs.single_action_space.high, [], []
+    obs, _ = envs.reset(seed=seed)
     for _ in range(steps):
         action = act(obs)
         next_obs, reward, terminated, truncated, info = envs.step(low + (action + 1) / 2 * (high - low))
         done = terminated | truncated
         success = np.array(info.get("success", [np.nan] * envs.num_envs), dtype=float)
-        columns.append((obs, action, reward, next_obs, terminated, done, success))
+        columns.append((obs, action, reward, next_obs, terminated, success))
         if reward_fn is not None:
             frames.extend(envs.render())  # after the action: R(s, a, s') depends on s' alone (Lemma 1)
         obs = envs.reset(options={"reset_mask": done})[0] if done.any() else next_obs
     columns = [np.stack(column) for column in zip(*columns)]
     if reward_fn is not None:
         columns[2] = np.asarray(reward_fn(np.stack(frames))).reshape(steps, envs.num_envs)
-    return columns, obs
+        if not np.isfinite(columns[2]).all():
+            raise ValueError("the reward function returned NaN or infinite rewards: nothing can be learned from them")
+    return columns
 
 
 def evaluate(envs, act, reward_fn, episodes: int, seed: int, episode_steps: int):
     """Mean reward of each episode, (episodes,), and success at each step, (episodes, episode_steps).
 
-    Episodes start from seeds seed, seed + 1, ..., and are episode_steps long: only truncation ends them.
+    Episodes start from seeds seed, seed + 1, ..., and are episode_steps long: only truncation ends them. Several
+    processes share the episodes and each gets all results.
     """
+    rank, world = processes()
     rewards, successes = [], []
-    for first in range(0, episodes, envs.num_envs):
-        obs, _ = envs.reset(seed=seed + first)
-        (_, _, reward, _, _, _, success), _ = rollout(envs, obs, act, episode_steps, reward_fn)
-        rewards.extend(reward.mean(0))
-        successes.extend(success.T)
+    for first in range(0, episodes, world * envs.num_envs):
+        _, _, reward, _, _, success = rollout(envs, act, episode_steps, reward_fn, seed + first + rank * envs.num_envs)
+        rewards.extend(gather(reward.mean(0)))
+        successes.extend(gather(success.T))
     return np.array(rewards[:episodes]), np.array(successes[:episodes])
 
 
-def train(agent: SAC, envs, eval_envs, reward_fn):
+@contextlib.contextmanager
+def whole(path, mode: str = "wb"):
+    """A file to write, which takes its name only when it is complete and on the disk: there is never half a file."""
+    buffer = io.BytesIO() if "b" in mode else io.StringIO(newline="")
+    yield buffer
+    with open(f"{path}.part", "wb") as file:
+        file.write(buffer.getvalue() if "b" in mode else buffer.getvalue().encode())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.part", path)
+
+
+def train(agent: SAC, envs, eval_envs, reward_fn, folder: Path | None = None):
     """Algorithm 1. Yields a dict of numbers after each round; at the end the agent is its best checkpoint.
 
-    envs, eval_envs: vector environments made with autoreset_mode=DISABLED; eval_envs serve only the deterministic
-    evaluations that choose the checkpoint, by reward alone. reward_fn: uint8 frames (B, H, W, 3) -> rewards (B,).
+    envs, eval_envs: vector environments made with autoreset_mode=DISABLED, for episodes of config.round_steps;
+    eval_envs serve only the deterministic evaluations that choose the checkpoint, by reward alone. reward_fn: uint8
+    frames (B, H, W, 3) -> rewards (B,). folder: all that it takes to go on is written there after each round, once
+    the round's row has been dealt with; if an interrupted run is there already, this goes on where that stopped.
+    Raises ValueError for one of another config, and for rewards that are NaN or infinite.
+
+    If torch.distributed has been initialised, every process runs this, with environments, a buffer and a share of each
+    batch of its own; gradients are averaged, so that all agents stay the same.
     """
-    config, rng = agent.config, np.random.default_rng(agent.config.seed)
+    config, (rank, world) = agent.config, processes()
     (obs_size,), (act_size,) = envs.single_observation_space.shape, envs.single_action_space.shape
-    room = min(config.buffer_size, config.steps + config.round_steps * envs.num_envs)
-    buffer = ReplayBuffer(room, obs_size, act_size)
-
-    def explore(obs):
-        return agent.act(obs) if steps >= config.learning_starts else rng.uniform(-1, 1, envs.action_space.shape)
-
+    round_size = config.round_steps * envs.num_envs * world  # steps in all environments of all processes
+    if config.batch_size % world:
+        raise ValueError(f"batch_size is {config.batch_size}; it has to be a multiple of the {world} processes")
+    if config.buffer_size < round_size:
+        raise ValueError(f"buffer_size is {config.buffer_size}; it has to hold a round, here of {round_size} steps")
+    buffer = ReplayBuffer(min(config.buffer_size, config.steps + round_size) // world, obs_size, act_size)
     steps, best_reward, best, next_eval = 0, -math.inf, None, config.learning_starts
-    obs, _ = envs.reset(seed=config.seed)
-    while steps < config.steps:
-        # act, into the unlabelled buffer B; label its frames; move it to D
-        (*transitions, done, success), obs = rollout(envs, obs, explore, config.round_steps, reward_fn)
-        steps += done.size
-        transitions = [torch.as_tensor(x.reshape(done.size, -1), dtype=torch.float32) for x in transitions]
-        buffer.add(*transitions)
-        agent.norm.update(transitions[0].to(agent.device))
-        row = dict(steps=steps, reward=transitions[2].mean().item(), success=success.T)
+    # Steps count those of all processes, the buffer's rows those of one. It remembers rounds of so many steps:
+    remembered = -(-buffer.size * world // round_size) * round_size
+
+    def round_file(start):
+        return folder / f"round{start}-{rank}.npy"
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    if folder is not None and (folder / "state.pt").exists():
+        saved = torch.load(folder / "state.pt", map_location=agent.device, weights_only=True)
+        others = [f"{key} {value} there, {getattr(config, key)} here" for key, value in saved["config"].items()
+                  if value != getattr(config, key)]
+        if others or saved["world"] != world or saved["round_size"] != round_size:
+            raise ValueError(f"{folder} is of other settings: " + ("; ".join(others) or (
+                f"rounds of {saved['round_size']} steps in {saved['world']} processes there, of {round_size} in "
+                f"{world} here (torchrun --nproc_per_node={saved['world']})")))
+        agent.load_state_dict(saved["agent"])
+        for optimizer, state in zip(agent.optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(state)
+        steps, best_reward, best, next_eval = (saved[key] for key in ("steps", "best_reward", "best", "next_eval"))
+        oldest = max(0, steps - remembered)
+        buffer.next = oldest // world % buffer.size
+        for start in range(oldest, steps, round_size):
+            buffer.add(torch.from_numpy(np.load(round_file(start))))
+
+    for start in range(steps, config.steps, round_size):
+        steps, learning = start + round_size, start >= config.learning_starts
+        rng = np.random.default_rng([config.seed, start, rank])  # of this round alone, so that a run can be resumed
+        torch.manual_seed(int(rng.integers(2**63)))
+        # act; label the frames of the whole round; move it to D
+        act = agent.act if learning else lambda obs: rng.uniform(-1, 1, envs.action_space.shape)
+        *columns, success = rollout(envs, act, config.round_steps, reward_fn,
+                                    seed=10**10 * (config.seed + 1) + start + rank * envs.num_envs)
+        rows = np.concatenate([x.reshape(round_size // world, -1) for x in columns], 1, dtype=np.float32)
+        buffer.add(torch.from_numpy(rows))
+        agent.norm.update(torch.as_tensor(gather(rows[:, :obs_size]), device=agent.device))
+        row = dict(steps=steps, reward=float(gather(columns[2]).mean()), success=gather(success.T))
         # learn
         if steps >= config.learning_starts:
-            for optimizer in agent.optimizers:  # smaller and smaller steps, so that the policy comes to rest
-                optimizer.param_groups[0]["lr"] = config.learning_rate * max(0, 1 - steps / config.steps)
+            for optimizer in agent.optimizers:  # smaller and smaller steps, so that the policy comes to rest; never 0
+                optimizer.param_groups[0]["lr"] = config.learning_rate * (1 - start / config.steps)
             precision = torch.get_float32_matmul_precision()
             torch.set_float32_matmul_precision("medium")  # bf16 or tf32 matmuls where the hardware has them
-            for _ in range(max(1, round(done.size * config.updates_per_step))):
-                o, a, r, o2, d = (x.to(agent.device) for x in buffer.sample(config.batch_size))
-                losses = agent.update(o, a, r.squeeze(-1), o2, d.squeeze(-1))
-            torch.set_float32_matmul_precision(precision)
-            row |= {key: value.item() for key, value in losses.items()}
+            try:
+                for _ in range(max(1, round(round_size * config.updates_per_step))):
+                    losses = agent.update(*buffer.sample(config.batch_size // world, agent.device))
+            finally:
+                torch.set_float32_matmul_precision(precision)
+            row |= {key: float(gather(np.array([value.item()])).mean()) for key, value in losses.items()}
         # judge, and keep the best
         if steps >= next_eval or steps >= config.steps:
             next_eval = steps + config.eval_every
@@ -301,5 +376,17 @@ def train(agent: SAC, envs, eval_envs, reward_fn):
             row |= dict(eval_reward=float(rewards.mean()), eval_success=successes)
             if row["eval_reward"] > best_reward:
                 best_reward, best, row["best"] = row["eval_reward"], copy.deepcopy(agent.state_dict()), True
-        yield row
+        if folder is not None:
+            with whole(round_file(start)) as file:
+                np.save(file, rows)
+        yield row  # what the caller writes is on the disk before the state that goes with it
+        if folder is not None and world > 1:
+            dist.barrier()  # so are the rounds of all processes
+        if folder is not None and rank == 0:
+            with whole(folder / "state.pt") as file:
+                torch.save(dict(config=vars(config), world=world, round_size=round_size, steps=steps, best=best,
+                                best_reward=best_reward, next_eval=next_eval, agent=agent.state_dict(),
+                                optimizers=[optimizer.state_dict() for optimizer in agent.optimizers]), file)
+        if folder is not None:
+            round_file(start - remembered - round_size).unlink(missing_ok=True)
     agent.load_state_dict(best)

@@ -1,27 +1,43 @@
 """What this repository promises, one promise a test. References are computed here, in another way than in the code."""
+import contextlib
 import copy
 import csv
 import functools
+import hashlib
+import http.server
 import importlib.util
 import itertools
 import json
+import multiprocessing
 import os
+import pty
+import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import termios
+import threading
+import time
 from pathlib import Path
 
 import vlmrm            # first: it chooses MuJoCo's renderer, and imports torch and open_clip before there is one
 import sac
 import gymnasium
+import hypothesis
+import hypothesis.extra.numpy as npst
+import hypothesis.strategies as st
 import mujoco
 import nbclient
 import nbformat
 import numpy as np
 import open_clip
 import pytest
+import safetensors.torch
 import torch
 import torch.nn as nn
+from gymnasium.utils.env_checker import check_env
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -347,27 +363,25 @@ def test_actors_log_probability_is_that_of_a_squashed_gaussian():
     torch.testing.assert_close(actor(obs, deterministic=True)[0], mean.tanh())
 
 
-def plain_critics(twin):
-    """Two ordinary networks with a TwinCritic's weights."""
-    networks = []
-    for k in range(2):
-        layers = []
-        for weight, bias in zip(twin.weights, twin.biases):
-            linear = nn.Linear(*weight.shape[1:], dtype=weight.dtype)
-            linear.load_state_dict(dict(weight=weight[k].T, bias=bias[k, 0]))
-            layers += [linear, nn.LayerNorm(weight.shape[2], elementwise_affine=False), nn.ReLU()]
-        networks.append(nn.Sequential(*layers[:-2]))
-    return nn.ModuleList(networks)
+def q(critic, obs, action):
+    """Both values of a TwinCritic, layer by layer."""
+    values = []
+    for network in (critic.q1, critic.q2):
+        x = torch.cat([obs, action], -1)
+        for i in (0, 3):
+            x = x @ network[i].weight.T + network[i].bias
+            x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+            x = (x * network[i + 1].weight + network[i + 1].bias).clamp(min=0)
+        values.append((x @ network[6].weight.T + network[6].bias).squeeze(-1))
+    return values
 
 
-def q(networks, obs, action):
-    return [network(torch.cat([obs, action], -1)).squeeze(-1) for network in networks]
-
-
-def test_twin_critic_is_two_plain_networks():
+def test_twin_critic_is_two_separate_networks():
     twin, obs, action = sac.TwinCritic(6, 4, 32), torch.randn(50, 6), torch.randn(50, 4)
-    expected = torch.stack(q(plain_critics(twin), obs, action))
-    torch.testing.assert_close(twin(obs, action), expected, rtol=1e-5, atol=1e-6)
+    before = twin(obs, action)
+    torch.testing.assert_close(before, torch.stack(q(twin, obs, action)), rtol=1e-5, atol=1e-6)
+    nn.init.ones_(twin.q1[0].weight)
+    assert (twin(obs, action) == before).all(1).tolist() == [False, True]
 
 
 def box(size, low=-1, high=1):
@@ -386,7 +400,7 @@ def agent_and_batch(**settings):
 def test_one_update_is_the_equations_of_sac_written_out():
     gamma, tau, actor_tau, rate = 0.9, 0.1, 0.3, 1e-3
     agent, batch = agent_and_batch(gamma=gamma, tau=tau, actor_tau=actor_tau, learning_rate=rate)
-    actor, critics, target = copy.deepcopy(agent.actor), plain_critics(agent.critic), plain_critics(agent.target)
+    actor, critics, target = (copy.deepcopy(network) for network in (agent.actor, agent.critic, agent.target))
     before = [parameter.detach().clone() for parameter in agent.mean_actor.parameters()]
     log_temperature = agent.log_temperature.detach().clone().requires_grad_()
     torch.manual_seed(1)
@@ -424,7 +438,7 @@ def test_one_update_is_the_equations_of_sac_written_out():
     exactly = dict(rtol=1e-6, atol=1e-7)
     torch.testing.assert_close([losses["critic_loss"], losses["actor_loss"]], [critic_loss, actor_loss], **exactly)
     torch.testing.assert_close(agent.log_temperature, log_temperature, **exactly)
-    pairs = (agent.actor, actor), (plain_critics(agent.critic), critics), (plain_critics(agent.target), target)
+    pairs = (agent.actor, actor), (agent.critic, critics), (agent.target, target)
     for ours, expected in pairs:
         torch.testing.assert_close(list(ours.parameters()), list(expected.parameters()), **exactly)
     torch.testing.assert_close(list(agent.mean_actor.parameters()), mean, **exactly)
@@ -452,9 +466,9 @@ def test_running_norm_has_the_mean_and_variance_of_all_batches():
 def test_replay_buffer_overwrites_the_oldest_and_keeps_rows_together():
     buffer = sac.ReplayBuffer(5, 1, 1)
     for numbers, kept in ([0, 1, 2], {0, 1, 2}), ([3, 4, 5, 6], {2, 3, 4, 5, 6}):
-        buffer.add(*[torch.tensor(numbers).float()[:, None] + 10 * column for column in range(5)])
-        sample = buffer.sample(500)
-        assert len(buffer) == len(kept) and set(sample[0].flatten().tolist()) == kept
+        buffer.add(torch.tensor(numbers).float()[:, None] + 10 * torch.arange(5))
+        sample = [column.flatten() for column in buffer.sample(500)]
+        assert len(buffer) == len(kept) and set(sample[0].tolist()) == kept
         assert all(torch.equal(sample[column], sample[0] + 10 * column) for column in range(5))
 
 
@@ -491,21 +505,21 @@ def points(steps=20, env=Point):
 
 def test_rollout_labels_the_frame_after_the_action_and_does_not_call_truncation_an_end():
     envs, rng = points(steps=3), np.random.default_rng(0)
-    columns, last = sac.rollout(envs, envs.reset(seed=0)[0], lambda obs: rng.uniform(-1, 1, obs.shape), 8, nearness)
-    obs, action, reward, next_obs, terminated, done, success = columns
+    columns = sac.rollout(envs, lambda obs: rng.uniform(-1, 1, obs.shape), 8, nearness, seed=0)
+    obs, action, reward, next_obs, terminated, success = columns
     close(next_obs, np.clip(obs - 0.1 + 0.2 * action, -1, 1), 1e-6)             # also at the last step of an episode
     close(reward, 1 - np.linalg.norm(next_obs, axis=-1), 0.036)                 # to half of a pixel's diagonal
     assert np.abs(reward - (1 - np.linalg.norm(obs, axis=-1))).max() > 0.1
-    assert done.all(1).tolist() == [0, 0, 1, 0, 0, 1, 0, 0] and not terminated.any() and np.isnan(success).all()
-    same = (obs[1:] == next_obs[:-1]).all(-1)
-    np.testing.assert_array_equal(same, ~done[:-1])                             # a new episode starts elsewhere
-    np.testing.assert_array_equal(last, next_obs[-1])
+    assert not terminated.any() and np.isnan(success).all()
+    goes_on = (obs[1:] == next_obs[:-1]).all(-1)
+    assert goes_on.all(1).tolist() == goes_on.any(1).tolist() == [1, 1, 0, 1, 1, 0, 1]    # a new episode each 3 steps
+    np.testing.assert_array_equal(obs[0], envs.reset(seed=0)[0])
 
 
 def test_rollout_reports_a_real_end():
     envs = points(env=type("Ending", (Point,), dict(ends=True)))
-    terminated, done = sac.rollout(envs, envs.reset(seed=0)[0], np.zeros_like, 2, None)[0][4:6]
-    assert terminated.all() and done.all()
+    obs, _, _, next_obs, terminated, _ = sac.rollout(envs, np.zeros_like, 2, None, seed=0)
+    assert terminated.all() and (obs[1] != next_obs[0]).any(-1).all()
 
 
 def learn(steps, reward_fn=nearness, **settings):
@@ -546,6 +560,197 @@ def test_checkpoint_that_is_kept_is_the_one_with_the_best_eval_reward(trend):
     torch.testing.assert_close(agent.state_dict(), kept, rtol=0, atol=0)
 
 
+def five_updates(rank=0, world=1):
+    """On one process' share of five batches, with its share of the same noise."""
+    agent, batch = agent_and_batch(learning_rate=1e-3)
+    noise = torch.Generator().manual_seed(2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "randn_like", lambda x: torch.randn(
+            64, x.shape[1], generator=noise, dtype=x.dtype).tensor_split(world)[rank])
+        for _ in range(5):
+            agent.update(*(column.tensor_split(world)[rank] for column in batch))
+    return agent.state_dict()
+
+
+def one_of_two(rank, folder):
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
+    updated = five_updates(rank, 2)
+    agent, rows, _ = learn(8_000)
+    torch.save((updated, agent.state_dict(), rows), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_learn_what_one_would_and_stay_the_same(tmp_path):
+    torch.multiprocessing.spawn(one_of_two, (tmp_path,), nprocs=2)
+    (updated, learned, rows), other = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
+    for mine, others in zip((updated, learned), other):
+        torch.testing.assert_close(mine, others, rtol=0, atol=0)
+    torch.testing.assert_close(updated, five_updates(), rtol=0, atol=1e-6)
+    np.testing.assert_equal(rows, other[2])
+    assert len(rows) == 25 and rows[0]["success"].shape == (16, 20)               # 16 environments, 320 steps a round
+    assert max(row.get("eval_reward", 0) for row in rows) > rows[0]["reward"] + 0.3
+
+
+def torchrun(out, *settings):
+    command = "-m torch.distributed.run --standalone --nproc_per_node=2 vlmrm.py train --device cpu --episodes 16 --out"
+    return subprocess.Popen([sys.executable, *command.split(), str(out), *settings], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def test_torchrun_trains_one_policy_and_leaves_one_result(tmp_path):
+    job = torchrun(tmp_path / "run", "--steps", "3200", "--learning-starts", "1600")
+    output, _ = job.communicate()
+    assert job.returncode == 0, output
+    assert output.count("Training") == output.count("Success") == 1
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 3_200
+    assert [row["steps"] for row in csv.DictReader(open(tmp_path / "run" / "metrics.csv"))] == ["1600", "3200"]
+
+
+def test_when_a_process_is_killed_the_job_ends_with_an_error(tmp_path):
+    job = torchrun(tmp_path / "run", "--steps", "1000000")
+    while not (tmp_path / "run" / "metrics.csv").exists():
+        assert job.poll() is None
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    output, _ = job.communicate()
+    assert job.returncode != 0 and "Signal 9" in output
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+def train_in(folder, steps=1_600, **settings):
+    """A training that leaves its metrics and, when it is done, its weights."""
+    envs, eval_envs, columns = points(), points(), ("steps", "reward", "critic_loss", "eval_reward")
+    config = sac.Config(**dict(steps=steps, learning_starts=480, round_steps=20, batch_size=32, hidden=16, seed=5,
+                               updates_per_step=0.05, eval_every=480, eval_episodes=8,
+                               buffer_size=900) | settings)                     # the buffer wraps around
+    agent = sac.SAC(envs.single_observation_space, envs.single_action_space, config)
+    (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
+    rows = vlmrm.read_metrics(folder / "metrics.csv") if (folder / "metrics.csv").exists() else []
+    for row in sac.train(agent, envs, eval_envs, nearness, folder / "checkpoint"):
+        rows = [*(old for old in rows if old["steps"] < row["steps"]), {key: row[key] for key in columns if key in row}]
+        vlmrm.write_csv(folder / "metrics.csv", columns, rows)
+    with sac.whole(folder / "policy.pt") as file:
+        torch.save(agent.state_dict(), file)
+
+
+def train_alone(folder):
+    torch.set_num_threads(1)
+    train_in(folder)
+
+
+def contents(folder, *names):
+    return [(folder / name).read_bytes() for name in names]
+
+
+def test_a_run_killed_at_any_moment_is_resumed_to_the_last_byte(tmp_path):
+    context = multiprocessing.get_context("forkserver")     # its children begin with everything imported
+    context.set_forkserver_preload(["test_vlmrm"])
+    whole, killed, results = tmp_path / "whole", tmp_path / "killed", ("metrics.csv", "policy.pt")
+    for target, arguments in (contents, (whole,)), (train_alone, (whole,)):    # the first only waits for the imports
+        process, start = context.Process(target=target, args=arguments), time.monotonic()
+        process.start()
+        process.join()
+    length, kills, rng = time.monotonic() - start, 0, np.random.default_rng(0)
+    while kills < 25:
+        shutil.rmtree(killed, ignore_errors=True)
+        while not (killed / "policy.pt").exists():          # the last run of each ends by itself
+            process = context.Process(target=train_alone, args=(killed,))
+            process.start()
+            process.join(rng.uniform(0.2, 0.9) * length)
+            if process.is_alive():
+                process.kill()
+                process.join()
+                kills += 1
+                for file in killed.rglob("*"):              # whatever has its name is whole
+                    if file.suffix == ".pt":
+                        torch.load(file, weights_only=True)
+                    elif file.suffix == ".npy":
+                        assert np.load(file).shape == (160, 8)
+        assert contents(killed, *results) == contents(whole, *results)
+        left = len(list((killed / "checkpoint").glob("*.npy")))
+        assert 7 <= left < 10             # of 10: what the buffer remembers, one more, and some if killed while tidying
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+    train_in(tmp_path, steps=320)
+    with pytest.raises(ValueError, match="gamma 0.95 there, 0.5 here; seed 5 there, 6 here"):
+        train_in(tmp_path, steps=320, gamma=0.5, seed=6)
+
+
+def test_a_full_disk_leaves_what_was_there_before(tmp_path):
+    with sac.whole(tmp_path / "file", "w") as file:
+        file.write("before")
+    with pytest.raises(OSError), sac.whole(tmp_path / "file") as file:
+        file.write(b"half")
+        raise OSError("No space left on device")
+    assert (tmp_path / "file").read_text() == "before"
+
+
+@pytest.mark.parametrize("reward", [np.nan, np.inf])
+def test_training_refuses_rewards_that_are_no_numbers(reward):
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        learn(160, lambda images: np.full(len(images), reward))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Wrappers for other people's environments and algorithms
+
+
+def pendulum():
+    return gymnasium.make("InvertedPendulum-v5", render_mode="rgb_array", width=64, height=64)
+
+
+def brightness(images):
+    assert images.dtype == np.uint8 and images.ndim == 4
+    return images.mean((1, 2, 3)) / 255
+
+
+def test_wrapper_passes_gymnasiums_checker_and_rewards_the_frame_after_the_step():
+    check_env(vlmrm.VLMRewardWrapper(pendulum(), brightness), skip_render_check=True)
+    env, plain = vlmrm.VLMRewardWrapper(pendulum(), brightness), pendulum()
+    env.reset(seed=0), plain.reset(seed=0)
+    for action in np.full((5, 1), 0.5, np.float32):
+        (obs, reward, *ends, info), (same_obs, own, *same_ends, _) = env.step(action), plain.step(action)
+        np.testing.assert_array_equal(obs, same_obs)
+        assert ends == same_ends and info["env_reward"] == own and reward == brightness(plain.render()[None])[0]
+
+
+def test_wrapper_takes_a_clip_reward(clip):
+    env = vlmrm.VLMRewardWrapper(pendulum(), vlmrm.VLMReward(clip, KNEELING))
+    env.reset(seed=0)
+    _, reward, *_ = env.step(np.zeros(1, np.float32))
+    close(reward, env.reward_fn(env.render()[None].copy())[0], 1e-6)
+
+
+@pytest.mark.parametrize("mode", ["NEXT_STEP", "DISABLED"])
+def test_vector_wrapper_rewards_as_the_single_one_does_and_a_mere_reset_by_nothing(mode):
+    def vector(n):
+        return gymnasium.vector.SyncVectorEnv([pendulum] * n, autoreset_mode=gymnasium.vector.AutoresetMode[mode])
+    envs, single = vlmrm.VLMRewardVectorWrapper(vector(3), brightness), vlmrm.VLMRewardWrapper(pendulum(), brightness)
+    envs.reset(seed=0), single.reset(seed=0)
+    ended = False
+    for _ in range(40):
+        obs, reward, terminated, _, info = envs.step(np.full((3, 1), 0.5, np.float32))
+        if ended:
+            assert mode == "NEXT_STEP" and reward[0] == 0
+            break
+        same_obs, same_reward, ended, *_ = single.step(np.full(1, 0.5, np.float32))
+        np.testing.assert_array_equal(obs[0], same_obs)
+        assert reward.shape == info["env_reward"].shape == (3,) and reward[0] == same_reward
+        assert terminated[0] == ended
+        if ended and mode == "DISABLED":
+            break
+    assert ended
+
+
+def test_wrappers_refuse_environments_whose_frames_they_cannot_have():
+    with pytest.raises(ValueError, match="make the environment with render_mode=\"rgb_array\""):
+        vlmrm.VLMRewardWrapper(gymnasium.make("InvertedPendulum-v5"), brightness)
+    same_step = gymnasium.vector.SyncVectorEnv([pendulum], autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP)
+    with pytest.raises(ValueError, match="NEXT_STEP or DISABLED"):
+        vlmrm.VLMRewardVectorWrapper(same_step, brightness)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line: one short training, and what it leaves
 
@@ -556,6 +761,48 @@ def run(tmp_path_factory):
     quick = "--learning-starts 1600 --updates-per-step 0.5 --batch-size 128 --hidden 128 --eval-every 4800"
     vlmrm.main(f"train --steps 16000 {quick} --episodes 16 --seed 0 --device cpu --out {out}".split())
     return out
+
+
+def test_a_killed_command_is_resumed_to_the_last_byte(tmp_path):
+    def command(*arguments):
+        return subprocess.Popen([sys.executable, ROOT / "vlmrm.py", "train", *map(str, arguments)], cwd=tmp_path,
+                                text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    settings = "--steps 6400 --learning-starts 1600 --updates-per-step 0.1 --hidden 64 --episodes 16".split()
+    _, message = (whole := command(*settings, "--out", tmp_path / "whole")).communicate()
+    assert whole.returncode == 0, message
+    job = command(*settings, "--out", tmp_path / "run")
+    while not (tmp_path / "run" / "checkpoint" / "round3200-0.npy").exists():
+        assert job.poll() is None, job.communicate()
+    job.kill()
+    job.communicate()
+    _, message = (refused := command("--resume", tmp_path / "run", "--alpha", 0.25)).communicate()
+    assert refused.returncode == 1 and "--alpha 0.25, there 0.5" in message and "Traceback" not in message
+    job = command("--resume", tmp_path / "run")
+    _, message = job.communicate()
+    assert job.returncode == 0, message
+    files = "metrics.csv", "policy.pt"
+    assert contents(tmp_path / "run", *files) == contents(tmp_path / "whole", *files)
+    assert not (tmp_path / "run" / "checkpoint").exists() and not list((tmp_path / "run").glob("*.part"))
+    _, message = command("--resume", tmp_path / "run").communicate()
+    assert "complete" in message and "Traceback" not in message
+
+
+def test_a_disk_that_is_full_and_ctrl_c_end_in_one_line_and_lose_nothing(tmp_path):
+    def start(limit, out):
+        command = f"ulimit -f {limit}; exec {sys.executable} {ROOT}/vlmrm.py train --hidden 512 --out {tmp_path / out}"
+        return subprocess.Popen(["bash", "-c", f"{command} --learning-starts 1600 --updates-per-step 0.01"],
+                                text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    full = start(6_000, "full")                             # KiB in one file: the round fits, the weights do not
+    assert full.wait() == 1
+    stopped = start("unlimited", "stopped")
+    while not (tmp_path / "stopped/checkpoint/state.pt").exists():
+        assert stopped.poll() is None
+    stopped.send_signal(signal.SIGINT)
+    assert stopped.wait() == 1
+    for job, words, name in ((full, "error: [Errno 27] File too large", "full"), (stopped, "--resume RUN", "stopped")):
+        *_, line = job.stderr.read().strip().splitlines()
+        assert words in line and len(vlmrm.read_metrics(tmp_path / name / "metrics.csv")) >= 1
+    assert not (tmp_path / "full/policy.pt").exists()
 
 
 @pytest.fixture
@@ -621,6 +868,100 @@ def test_curve_and_video_can_be_seen(run):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The way from the hub, with a server here in its place
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of a model hub as open_clip's client asks for."""
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        asked = re.fullmatch("/[^/]+/[^/]+/resolve/[^/]+/(.+)", self.path)
+        data = self.server.files.get(asked and asked[1])
+        if data is None:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        first = int(re.match(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1])
+        self.send_response(206 if first else 200)
+        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        if first:
+            self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
+        self.send_header("Content-Length", str(len(data) - first))
+        self.end_headers()
+        if self.command == "GET":
+            self.server.downloads += 1
+            if self.server.cut:
+                self.wfile.write(data[first:(first + len(data)) // 2])
+                self.connection.shutdown(socket.SHUT_RDWR)
+                self.close_connection = True
+            else:
+                self.wfile.write(data[first:])
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def hub():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.files, server.cut, server.downloads = {}, False, 0
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def load(name, server, home):
+    """Text embedding of the model, fetched by a new process; or its error; and what it showed meanwhile."""
+    code = ("import sys, vlmrm\ntry: print(vlmrm.CLIP(sys.argv[1]).embed_text('a dog').tolist())\n"
+            "except ValueError as error: sys.exit(f'error: {error}')")
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    settings = dict(HF_ENDPOINT=address, HF_HOME=str(home), PYTHONPATH=str(ROOT))
+    terminal, stderr = pty.openpty()                                           # on which progress bars are drawn
+    termios.tcsetwinsize(stderr, (24, 120))
+    process = subprocess.Popen([sys.executable, "-c", code, name], env=os.environ | settings, text=True,
+                               stdout=subprocess.PIPE, stderr=stderr)
+    os.close(stderr)
+    shown = b""
+    with contextlib.suppress(OSError):                                         # the terminal's way to say: closed
+        while part := os.read(terminal, 65536):
+            shown += part
+    output = process.communicate()[0]
+    return (json.loads(output) if process.returncode == 0 else None), shown.decode()
+
+
+def test_weights_come_from_the_hub_once_and_a_cut_download_goes_on(hub, tmp_path):
+    torch.manual_seed(0)
+    model, name = open_clip.create_model("ViT-B-32"), "ViT-B-32/laion2b_s34b_b79k"
+    weights = {key: value.half().contiguous() for key, value in model.state_dict().items()}
+    hub.files["open_clip_model.safetensors"] = safetensors.torch.save(weights)
+    hub.cut = True
+    embedding, shown = load(name, hub, tmp_path)
+    assert embedding is None and "Traceback" not in shown
+    assert f"error: cannot load {name}" in shown and "if you try again" in shown.strip().splitlines()[-1]
+    hub.cut = False
+    embedding, shown = load(name, hub, tmp_path)
+    assert "open_clip_model.safetensors: " in shown and "100%" in shown        # the progress bar
+    model.load_state_dict(weights)
+    with torch.no_grad():
+        expected = model.eval().encode_text(open_clip.get_tokenizer("ViT-B-32")(["a dog"]))
+    close(embedding, nn.functional.normalize(expected)[0], 1e-5)
+    hub.server_close()                                                         # without a network, from the cache
+    hub.shutdown()
+    assert load(name, hub, tmp_path)[0] == embedding
+
+
+def test_any_repository_of_the_hub_that_holds_an_open_clip_model_loads(hub, tmp_path, clip):
+    for file in (ROOT / "tinyclip").glob("open_clip_*"):
+        hub.files[file.name] = file.read_bytes()
+    close(load("hf-hub:someone/tinyclip", hub, tmp_path)[0], clip.embed_text("a dog"), 1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Mistakes end in one line that says what to do
 
 
@@ -663,8 +1004,120 @@ def test_error_for_a_reward_that_makes_no_sense(error):
         assert "[0, 1]" in error("--alpha", alpha)
     assert "alpha 0" in error("a humanoid robot")                               # the goal is the baseline
     for prompts in [""], ["  "], [KNEELING, "--baseline", ""]:
-        assert "empty prompt" in error(*prompts)
+        assert "write a sentence" in error(*prompts)
     assert "tokens" in error("a humanoid robot " + "kneeling down very slowly " * 50)
+
+
+@pytest.mark.parametrize("arguments, names", [
+    ("--device nowhere", "nowhere"), ("--distance nan", "camera"), ("--gamma 2", "gamma"), ("--seed -1", "seed"),
+    ("--hidden 0", "hidden"), ("--learning-rate inf", "learning_rate"), ("--envs 0", "--envs"),
+    ("--episodes 0", "--episodes"), ("--resume absent", "absent")])
+def test_error_for_settings_that_make_no_sense(arguments, names, error):
+    assert names in error(*arguments.split())
+
+
+def test_error_for_a_folder_that_must_not_be_written(error):
+    assert "/proc/run" in error("--out", "/proc/run")
+
+
+def test_commands_are_not_taken_for_prompts_nor_flags_for_commands(capsys):
+    for arguments in (["--overwrite", "evaluate"], ["--alpha", "strong"], ["no-command"]):
+        with pytest.raises(SystemExit) as caught:
+            vlmrm.main(arguments)
+        assert caught.value.code == 2 and "usage" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("frames", [
+    np.zeros((2, 8, 8, 3)), np.full((2, 8, 8, 3), np.nan), torch.zeros(2, 8, 8, 3), [[0, 1], [2, 3]], None,
+    *(np.zeros(shape, np.uint8) for shape in [(8, 8, 3), (2, 8, 8, 1), (2, 8, 8, 4), (0, 8, 8, 3), (2, 0, 8, 3)])])
+def test_frames_of_another_kind_are_refused(frames, clip):
+    with pytest.raises(ValueError, match=r"frames are .* have to be .* uint8 \(B, H, W, 3\)"):
+        clip.embed_images(frames)
+
+
+@pytest.mark.parametrize("prompts", ["", [], [None], [KNEELING, 3], [b"kneeling"], "word " * 1_000])
+def test_prompts_that_cannot_be_read_are_refused(prompts, clip):
+    with pytest.raises(ValueError, match="prompt"):
+        clip.embed_text(prompts)
+
+
+@pytest.mark.parametrize("prompt", [
+    "ein kniender Roboter", "跪着的人形机器人", "إنسان آلي راكع", "🤖🧎", "kneeling!\nNow\t."])
+def test_prompts_in_any_script_are_read(prompt, clip):
+    close(clip.embed_text(prompt).norm(), 1, 1e-5)
+
+
+def test_towers_of_different_width_and_a_model_of_nans_are_refused_at_once(clip, monkeypatch):
+    narrow = clip.embed_images
+    monkeypatch.setattr(clip, "embed_images", lambda frames: narrow(frames)[:, :32])
+    with pytest.raises(ValueError, match=r"\(1, 32\), torch.float32 \(64,\)"):
+        vlmrm.VLMReward(clip, KNEELING)
+    monkeypatch.setattr(clip, "embed_images", lambda frames: narrow(frames) * np.nan)
+    with pytest.raises(ValueError, match="NaN"):
+        vlmrm.VLMReward(clip, KNEELING)
+
+
+# Hypothesis looks for inputs that break the pure functions. Whatever they are given, they return what they promise or
+# raise ValueError.
+anything = hypothesis.settings(max_examples=400, deadline=None, derandomize=True)
+number = st.floats(width=32) | st.floats(-10, 10, width=32)
+vector = npst.arrays(st.sampled_from([np.float32, np.float64, np.int64]), npst.array_shapes(max_dims=3, max_side=4),
+                     elements=st.integers(-9, 9))
+
+
+@anything
+@hypothesis.given(st.data(), st.integers(1, 4), st.integers(1, 6),
+                  st.floats(-0.5, 1.5) | st.sampled_from([0, 1, "0.5", np.nan]))
+def test_rewards_are_at_most_1_whatever_the_embeddings(data, count, width, alpha):
+    state, goal, baseline = (torch.tensor(data.draw(npst.arrays(np.float32, shape, elements=number))) for shape in (
+        (count, width), width, width))
+    try:
+        reward = vlmrm.goal_baseline_reward(state, goal, baseline, alpha)
+    except ValueError as error:
+        assert "alpha" in str(error) or "NaN" in str(error) or "same" in str(error)
+    else:
+        assert reward.shape == (count,) and (reward <= 1 + 1e-5).all() and 0 <= alpha <= 1
+        close(vlmrm.clip_reward(state, goal), vlmrm.goal_baseline_reward(state, goal, baseline, 0), 1e-5)
+
+
+@anything
+@hypothesis.given(vector, vector, vector)
+def test_rewards_refuse_embeddings_of_other_kinds(state, goal, baseline):
+    state, goal, baseline = map(torch.from_numpy, map(np.asarray, (state, goal, baseline)))
+    fits = state.ndim == 2 and goal.shape == baseline.shape == state.shape[1:] and (
+        state.dtype == goal.dtype == baseline.dtype) and state.is_floating_point()
+    try:
+        reward = vlmrm.goal_baseline_reward(state, goal, baseline, 0.5)
+    except ValueError as error:
+        assert not fits or "NaN" in str(error) or "same" in str(error)
+    else:
+        assert fits and reward.shape == state.shape[:1]
+
+
+@anything
+@hypothesis.given(st.data(), st.sampled_from([(1,), (7,), (3, 2, 3), (2, 1, 2), (0,), (2, 3), (2, 2, 3)]))
+def test_epic_distance_lies_between_0_and_1_and_does_not_care_for_order(data, shape):
+    a, b = (data.draw(npst.arrays(np.float64, shape, elements=st.floats(-1e6, 1e6) | st.floats())) for _ in range(2))
+    try:
+        distance = vlmrm.epic_distance(a, b)
+    except ValueError as error:
+        assert any(reason in str(error) for reason in ("shapes", "constant", "empty"))
+    else:
+        assert 0 <= distance <= 1 + 1e-9
+        close(distance, vlmrm.epic_distance(b, a), 1e-9)
+        close(distance + vlmrm.epic_distance(a, b) - 2 * distance, 0, 1e-12)
+
+
+@anything
+@hypothesis.given(npst.arrays(float, st.integers(0, 9), elements=st.floats()), npst.arrays(bool, st.integers(0, 9)))
+def test_auc_is_a_chance(reward, goal):
+    try:
+        chance = vlmrm.auc(reward, goal)
+    except ValueError:
+        assert reward.shape != goal.shape or np.isnan(reward).any()
+    else:
+        assert np.isnan(chance) == (goal.all() or not goal.any())
+        assert np.isnan(chance) or 0 <= chance <= 1 and np.isclose(chance, 1 - vlmrm.auc(reward, ~goal))
 
 
 def test_error_without_opengl(error, monkeypatch):
@@ -677,7 +1130,11 @@ def test_error_without_opengl(error, monkeypatch):
 
 def test_a_run_is_not_replaced_unasked_nor_by_a_command_that_is_wrong(error, tmp_path):
     (tmp_path / "policy.pt").write_text("hours of work")
-    assert "--overwrite" in error("--out", tmp_path)
+    for overwrite in [], ["--overwrite"]:
+        assert "holds other files" in error("--out", tmp_path, *overwrite)      # no run of ours: not even then
+    for name in "config.json", "metrics.csv":
+        (tmp_path / name).write_text("")
+    assert "by --overwrite" in error("--out", tmp_path)
     error("--out", tmp_path, "--overwrite", "--alpha", 2)
     assert (tmp_path / "policy.pt").read_text() == "hours of work"
 

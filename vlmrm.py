@@ -24,14 +24,16 @@ ICLR 2024, arXiv:2310.12921. Numbers of equations, tables and sections are that 
 import argparse
 import csv
 import difflib
+import itertools
 import json
 import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 if sys.platform == "linux" and not os.environ.get("DISPLAY"):
     os.environ.setdefault("MUJOCO_GL", "egl")  # no screen: draw off-screen. MuJoCo reads this when it is imported
@@ -45,7 +47,7 @@ try:
     import mujoco
 except Exception as error:  # MuJoCo loads the graphics library at once
     message = f"{CANNOT_DRAW} ({error})"
-    raise SystemExit(f"error: {message}") if __name__ == "__main__" else ImportError(message)
+    raise SystemExit(f"error: {message}") if __name__ == "__main__" else ImportError(message) from error
 import gymnasium
 import numpy as np
 from gymnasium.envs.mujoco.humanoid_v5 import HumanoidEnv
@@ -59,11 +61,23 @@ import sac
 # 1. The reward. Pure functions of embeddings, torch alone. `state` is the embedding of the state's picture.
 
 
+def check_embeddings(state, *sentences):
+    """Raises ValueError unless they are (B, D) and (D,) each, floats of one type, and have a direction."""
+    every = state, *sentences
+    kinds = ", ".join(f"{getattr(x, 'dtype', type(x).__name__)} {tuple(getattr(x, 'shape', ()))}" for x in every)
+    if not all(isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype == state.dtype for x in every) \
+            or state.ndim != 2 or any(x.shape != state.shape[1:] for x in sentences):
+        raise ValueError(f"embeddings are {kinds}; they have to be float tensors of one type, (B, D) and (D,)")
+    if not all(((norm := x.norm(dim=-1)).isfinite() & (norm > 1e-12)).all() for x in every):
+        raise ValueError(f"embeddings ({kinds}) are NaN, infinite or zero: fp16 may have overflowed, try fp32")
+
+
 def clip_reward(state, goal):
     """Equation (2): the cosine between an image's embedding and the task description's.
 
-    state (B, D), goal (D,), of any norm -> (B,) in [-1, 1].
+    state (B, D), goal (D,), of any norm -> (B,) in [-1, 1]. Raises ValueError for other shapes, types, or NaN.
     """
+    check_embeddings(state, goal)
     return F.normalize(state, dim=-1) @ F.normalize(goal, dim=-1)
 
 
@@ -75,10 +89,12 @@ def goal_baseline_reward(state, goal, baseline, alpha):
     the embedding is moved towards its projection on the line L through the two, before it is compared with the goal.
 
     state (B, D), goal (D,), baseline (D,), of any norm; alpha in [0, 1]: 0 is equation (2), 1 keeps only what lies
-    along L. Returns (B,), at most 1. Raises ValueError for an alpha out of range, or if alpha > 0 and goal = baseline.
+    along L. Returns (B,), at most 1. Raises ValueError for an alpha out of range, if alpha > 0 and goal = baseline, and
+    for other shapes, types, or NaN.
     """
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha is {alpha}; it has to lie in [0, 1]")
+    if isinstance(alpha, str) or not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is {alpha!r}; it has to be a number in [0, 1]")
+    check_embeddings(state, goal, baseline)
     s, g, b = (F.normalize(x, dim=-1) for x in (state, goal, baseline))
     if alpha == 0:
         return 1 - 0.5 * (s - g).square().sum(-1)  # = s.g, since both are unit vectors
@@ -122,8 +138,9 @@ class CLIP:
             self.model = open_clip.create_model(name, tag, precision=precision, device=device, require_pretrained=True)
             self.tokenizer = open_clip.get_tokenizer(name)
         except Exception as error:  # a hub has many ways to be out of reach, each with an exception of its own
-            raise ValueError(f"cannot load {model} ({' '.join(str(error).split())[:160]}). Without network, use "
-                             "local-dir:PATH, or leave --model out for the embedded model") from error
+            raise ValueError(f"cannot load {model} on {device} ({' '.join(str(error).split())[:160]}). A download that "
+                             "was cut off goes on if you try again. Without network, use local-dir:PATH, or leave "
+                             "--model out for the embedded model") from error
         self.model.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # faster convolutions
         self.device, self.name = device, model
         self.dtype = open_clip.get_input_dtype(precision) or torch.float32
@@ -135,6 +152,8 @@ class CLIP:
 
     def preprocess(self, frames) -> torch.Tensor:
         """uint8 (B, H, W, 3) -> float (B, 3, h, w), as this model was trained to see them; one batch, on the device."""
+        if isinstance(frames, np.ndarray):
+            frames = np.ascontiguousarray(frames)  # some renderers flip frames by a negative stride
         x = torch.as_tensor(frames, device=self.device).permute(0, 3, 1, 2).float()  # (B, 3, H, W) in 0..255
         (H, W), (h, w) = x.shape[-2:], self.size
         if (H, W) != (h, w):  # open_clip's transform for single Pillow images, to one grey level
@@ -150,8 +169,10 @@ class CLIP:
     @torch.inference_mode()
     def embed_images(self, frames, batch_size: int = 128) -> torch.Tensor:
         """uint8 frames (B, H, W, 3) -> unit vectors (B, D), fp32."""
-        if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype not in (np.uint8, torch.uint8):
-            raise ValueError(f"frames are {frames.dtype} {tuple(frames.shape)}; they have to be uint8 (B, H, W, 3)")
+        kind = f"{getattr(frames, 'dtype', type(frames).__name__)} {tuple(getattr(frames, 'shape', ()))}"
+        if not kind.removeprefix("torch.").startswith("uint8") or frames.ndim != 4 or frames.shape[-1] != 3 \
+                or 0 in frames.shape:
+            raise ValueError(f"frames are {kind}; they have to be an array, uint8 (B, H, W, 3), and not empty")
         batches = (frames[i:i + batch_size] for i in range(0, len(frames), batch_size))
         return F.normalize(torch.cat([self.model.encode_image(self.preprocess(x)) for x in batches]).float(), dim=-1)
 
@@ -159,8 +180,8 @@ class CLIP:
     def embed_text(self, prompts: str | list[str]) -> torch.Tensor:
         """One sentence, or several whose unit vectors are averaged -> a unit vector (D,), fp32."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not prompts or not all(prompt.strip() for prompt in prompts):
-            raise ValueError("an empty prompt: write a sentence, such as \"a humanoid robot kneeling\"")
+        if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
+            raise ValueError(f"the prompt is {prompts}: write a sentence, such as \"a humanoid robot kneeling\"")
         for prompt in prompts:  # what a longer context adds is only padding, unless this model's own cuts the prompt
             length = self.tokenizer([prompt]).shape[1]
             tail = self.tokenizer([prompt], context_length=4 * length)[0, length:]
@@ -179,11 +200,59 @@ class VLMReward:
     def __init__(self, clip: CLIP, goal_prompt, baseline_prompt="a humanoid robot", alpha: float = 0.5):
         self.clip, self.alpha = clip, alpha
         self.goal, self.baseline = clip.embed_text(goal_prompt), clip.embed_text(baseline_prompt)  # once for all
-        goal_baseline_reward(self.goal[None], self.goal, self.baseline, alpha)  # a mistake fails now, not in an hour
+        self(np.zeros((1, *clip.size, 3), np.uint8))  # a mistake fails now, not in an hour
 
     def __call__(self, frames) -> np.ndarray:
         state = self.clip.embed_images(frames)  # (B, D)
         return goal_baseline_reward(state, self.goal, self.baseline, self.alpha).cpu().numpy()
+
+
+class VLMRewardWrapper(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
+    """Any Gymnasium environment that draws itself, rewarded by reward_fn for the frame after each step.
+
+    reward_fn: uint8 frames (B, H, W, 3) -> rewards (B,), such as a VLMReward. The environment's own reward moves to
+    info["env_reward"]. Raises ValueError unless render_mode is "rgb_array".
+    """
+
+    def __init__(self, env: gymnasium.Env, reward_fn: Callable):
+        gymnasium.utils.RecordConstructorArgs.__init__(self, reward_fn=reward_fn)  # for env.spec
+        super().__init__(env)
+        self.reward_fn = reward_fn
+        if env.render_mode != "rgb_array":
+            raise ValueError(f"render_mode is {env.render_mode!r}; make the environment with render_mode=\"rgb_array\"")
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        clip_reward = float(self.reward_fn(self.env.render()[None])[0])
+        return obs, clip_reward, terminated, truncated, info | {"env_reward": reward}
+
+
+class VLMRewardVectorWrapper(gymnasium.vector.VectorWrapper):
+    """The same for a vector environment: the frames of all its environments are labelled in one batch.
+
+    Raises ValueError unless render_mode is "rgb_array", and for the autoreset mode SAME_STEP, in which the frame after
+    an episode's last step already shows the next episode.
+    """
+
+    def __init__(self, env: gymnasium.vector.VectorEnv, reward_fn: Callable):
+        super().__init__(env)
+        self.reward_fn, self.mode = reward_fn, env.metadata.get("autoreset_mode")
+        self.ended = np.zeros(env.num_envs, bool)
+        if env.render_mode != "rgb_array" or self.mode == gymnasium.vector.AutoresetMode.SAME_STEP:
+            raise ValueError(f"render_mode is {env.render_mode!r}, autoreset_mode {self.mode}; make the environments "
+                             "with render_mode=\"rgb_array\", and with autoreset_mode NEXT_STEP or DISABLED")
+
+    def reset(self, **settings):
+        self.ended[:] = False
+        return self.env.reset(**settings)
+
+    def step(self, actions):
+        obs, reward, terminated, truncated, info = self.env.step(actions)
+        rewards = self.reward_fn(np.stack(self.env.render())).astype(np.float64)  # (N,)
+        if self.mode == gymnasium.vector.AutoresetMode.NEXT_STEP:
+            rewards[self.ended] = 0  # that step was only a reset, and Gymnasium has them rewarded by 0
+        self.ended = terminated | truncated
+        return obs, rewards, terminated, truncated, info | {"env_reward": reward}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -438,8 +507,10 @@ def success_rates(success) -> tuple[float, float]:
     """Success at each step of some episodes, (episodes, steps) -> two shares of the episodes; NaN without a condition.
 
     The paper's rule: the condition holds in at least half of the steps. Beside it, the share of episodes in which it
-    holds in each of the last 20 steps, which says whether the robot stays so.
+    holds in each of the last 20 steps, which says whether the robot stays so. Raises ValueError for other shapes.
     """
+    if success.ndim != 2 or 0 in success.shape:
+        raise ValueError(f"success is {success.shape}; it has to be (episodes, steps), and not empty")
     if np.isnan(success).any():
         return float("nan"), float("nan")
     return float((success.mean(1) >= 0.5).mean()), float(success[:, -20:].all(1).mean())
@@ -469,13 +540,15 @@ def epic_distance(reward_a, reward_b, gamma: float = 0.99) -> float:
     a, b = (np.asarray(reward, dtype=np.float64) for reward in (reward_a, reward_b))
     if a.shape != b.shape or a.ndim not in (1, 3) or a.shape[0] != a.shape[-1]:
         raise ValueError(f"rewards of shapes {a.shape} and {b.shape}; they have to be both (N,) or both (S, A, S)")
-    scales = [np.abs(a).max(), np.abs(b).max()]
+    if not a.size or not np.isfinite(a).all() or not np.isfinite(b).all():
+        raise ValueError("the rewards are empty, NaN or infinite: their correlation is undefined")
+    a, b = (x / (np.abs(x).max() or 1) for x in (a, b))
     if a.ndim == 3:
         a, b = canonically_shaped(a, gamma), canonically_shaped(b, gamma)
     a, b = a - a.mean(), b - b.mean()
     norms = np.linalg.norm(a), np.linalg.norm(b)
-    if not all(norm > 1e-12 * scale for norm, scale in zip(norms, scales)):
-        raise ValueError("a reward is constant or NaN here: its correlation with another is undefined")
+    if min(norms) < 1e-12:
+        raise ValueError("a reward is constant here: its correlation with another is undefined")
     # with rho the correlation, |x - y|^2 = 2 - 2 rho for unit vectors; sqrt((1 - rho) / 2) itself would lose digits
     return float(np.linalg.norm(a / norms[0] - b / norms[1]) / 2)
 
@@ -483,8 +556,11 @@ def epic_distance(reward_a, reward_b, gamma: float = 0.99) -> float:
 def auc(reward: np.ndarray, goal: np.ndarray) -> float:
     """The chance that a goal state (goal: bool (N,)) has a higher reward (N,) than one that is not; ties count half.
 
-    NaN where one of the two kinds is missing.
+    NaN where one of the two kinds is missing. Raises ValueError for other shapes or types, and for NaN rewards.
     """
+    if reward.ndim != 1 or reward.shape != goal.shape or goal.dtype != bool or np.isnan(reward).any():
+        raise ValueError(f"rewards are {reward.dtype} {reward.shape}, goals {goal.dtype} {goal.shape}; they have to be "
+                         "(N,) without NaN, and bool (N,)")
     if goal.all() or not goal.any():
         return float("nan")
     ours, others = reward[goal][:, None], reward[~goal]
@@ -523,6 +599,13 @@ def short(model: str) -> str:
     return name.replace("/", "-").replace(":", "-")
 
 
+def write_csv(path: Path, columns, rows: list[dict]):
+    with sac.whole(path, "w") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows({k: v if isinstance(v, str) else f"{v:.8g}" for k, v in row.items()} for row in rows)
+
+
 def evaluate(args):
     """Judges rewards on a fixed set of states; see `python vlmrm.py evaluate --help` for what it reads and leaves."""
     start, device = time.time(), args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -530,6 +613,8 @@ def evaluate(args):
     alphas = sorted(set(args.alpha))
     middle = alphas[len(alphas) // 2]  # for figures of one alpha
     models = {short(model): model for model in args.model}
+    if len(models) < len(args.model):
+        raise ValueError(f"the models {', '.join(args.model)} would share a name: rename a folder, or name each once")
     check_free(out, args.overwrite, "table.csv")
     with np.load(EVALUATION_STATES) as file:
         states, origin = file["states"].astype(float), file["origin"]  # qpos (N, 24), and where each comes from
@@ -548,8 +633,8 @@ def evaluate(args):
             size = sum(p.numel() for p in clip.model.visual.parameters())
             baseline = clip.embed_text(args.baseline or [BASELINE_PROMPT])
             goal = {task: clip.embed_text(TASKS[task][0]) for task in tasks}  # (D,) each
-            for alpha in alphas:  # a mistake fails now, not after all the frames
-                goal_baseline_reward(baseline[None], goal[tasks[0]], baseline, alpha)
+            for alpha, task in itertools.product(alphas, tasks):  # a mistake fails now, not after all the frames
+                goal_baseline_reward(baseline[None], goal[task], baseline, alpha)
             seen = {key: embed_states(clip, Scene(clip.size, *scene), states, bar) for key, scene in SCENES.items()}
             rewards, curves, scene = {}, {}, Scene(clip.size)
             for task in tasks:
@@ -566,10 +651,7 @@ def evaluate(args):
             if name == next(iter(models)):  # there is a result: now an older one may go
                 shutil.rmtree(out, ignore_errors=True)
             (out / name).mkdir(parents=True)
-            with open(out / "table.csv", "w", newline="") as file:
-                writer = csv.DictWriter(file, rows[0])
-                writer.writeheader()
-                writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+            write_csv(out / "table.csv", rows[0], rows)
             plot_paths(out / name / "paths.png", name, paths, curves)
             plot_histograms(out / name / "histograms.png", f"{name}, alpha {middle:g}", rewards, goals)
             plot_frames(out / name / "frames.png", f"{name}, alpha {middle:g}", rewards, goals, states)
@@ -658,17 +740,20 @@ def plot_epic(out, rows, middle):
         for model in models:
             some = [row for row in rows if (row["task"], row["model"], row["scene"]) == (task, model, OURS)]
             axis.plot([row["alpha"] for row in some], [row["epic"] for row in some], "o-", ms=3, label=model)
-    axes[0].legend(fontsize="x-small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize="x-small")
     figure.savefig(out / "epic_alpha.png", dpi=100)
 
     def mean(**wanted):  # over the tasks
         return np.mean([row["epic"] for row in rows if wanted.items() <= row.items()])
-    figure, (axis,) = panels(1, f"Mean EPIC distance over {len(tasks)} tasks, alpha {middle:g}, by size of the model",
-                             xlabel="parameters of the image tower", ylabel="EPIC distance", xscale="log", ylim=(0, 1))
-    for model in models:
-        size = next(row["parameters"] for row in rows if row["model"] == model)
-        axis.plot(size, mean(model=model, scene=OURS, alpha=middle), "o", label=model)
-    axis.legend(fontsize="x-small")
+    sizes = [next(row["parameters"] for row in rows if row["model"] == model) for model in models]
+    epics = [mean(model=model, scene=OURS, alpha=middle) for model in models]
+    caption = f"Mean EPIC distance over {len(tasks)} tasks, alpha {middle:g}, by model size"
+    if len(set(sizes)) > 2:
+        caption += f"; correlation with log size {np.corrcoef(np.log(sizes), epics)[0, 1]:.2f}"
+    figure, (axis,) = panels(1, caption, xlabel="parameters of the image tower", ylabel="EPIC distance", xscale="log")
+    for model, size, epic in zip(models, sizes, epics):
+        axis.plot(size, epic, "o", label=model)
+    figure.legend(loc="outside right center", fontsize="x-small")
     figure.savefig(out / "epic_size.png", dpi=100)
 
     figure, (axis,) = panels(1, f"Mean EPIC distance over {len(tasks)} tasks, alpha {middle:g}, by what CLIP is shown",
@@ -677,7 +762,7 @@ def plot_epic(out, rows, middle):
         axis.bar(np.arange(len(SCENES)) + (i + 0.5) * 0.8 / len(models) - 0.4,
                  [mean(model=model, scene=scene, alpha=middle) for scene in SCENES], 0.8 / len(models), label=model)
     axis.set_xticks(range(len(SCENES)), SCENES)
-    axis.legend(fontsize="x-small")
+    figure.legend(loc="outside right center", fontsize="x-small")
     figure.savefig(out / "epic_scene.png", dpi=100)
 
 
@@ -699,7 +784,8 @@ def plot_curve(rows: list[dict], prompt: str, path):
         axis.plot([row["steps"] for row in some], [row[key] for row in some], style, ms=3, label=label,
                   alpha=0.3 if key == "reward" else 1)
     figure.legend(loc="outside lower center", ncols=2, fontsize="small")
-    figure.savefig(path, dpi=120)
+    with sac.whole(path) as file:
+        figure.savefig(file, dpi=120)
 
 
 def record_video(act, camera: dict, look: str, path, steps: int = 100, episodes: int = 3, seed: int = 3 * 10**9):
@@ -713,33 +799,77 @@ def record_video(act, camera: dict, look: str, path, steps: int = 100, episodes:
             if i % 3 == 0:
                 frames.append(Image.fromarray(np.concatenate([view.render(env.data) for view in views], 1)))
             obs = env.step(env.action_space.high * act(obs[None])[0])[0]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=90, loop=0)  # 3 steps of 15 ms in 90 ms
+    with sac.whole(path) as file:  # 3 steps of 15 ms are shown for 90 ms
+        frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=90, loop=0)
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """A run's metrics.csv: a dict of numbers for each round, without what is empty."""
+    with open(path, newline="") as file:
+        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def check_free(out: Path, overwrite: bool, *marks: str):
     """Raises ValueError unless the folder is new or empty, or may be overwritten and holds all the files `marks`."""
     ours = all((out / mark).exists() for mark in marks)
     if out.is_file() or out.is_dir() and any(out.iterdir()) and not (overwrite and ours):
-        raise ValueError(f"{out} already holds a run or other files: name another folder by --out, or replace a run by "
-                         "--overwrite")
+        raise ValueError(f"{out} already holds " + (
+            f"{', '.join(marks)}: replace it by --overwrite (an interrupted training goes on by --resume), or name"
+            if ours else "other files: name") + " another folder by --out")
 
 
 COLUMNS = ["steps", "reward", "success", "success_held", "eval_reward", "eval_success", "eval_success_held",
            "critic_loss", "actor_loss", "temperature", "entropy"]
 
 
+NOT_SETTINGS = "command", "function", "overwrite", "resume", "typed"
+
+
+def resumed(args):
+    """The settings of the interrupted run args.resume. Raises ValueError if there is none, or others were asked for."""
+    run = args.resume
+    if (run / "result.json").exists():
+        raise ValueError(f"{run} is complete: there is nothing to resume")
+    if not (run / "checkpoint").is_dir() or not (run / "config.json").exists():
+        raise ValueError(f"{run} holds no interrupted run: config.json and checkpoint/ should be there")
+    settings = json.loads((run / "config.json").read_text())
+    if settings.keys() != vars(args).keys() - set(NOT_SETTINGS):
+        raise ValueError(f"{run} was begun by another version of vlmrm.py: it cannot be resumed by this one")
+    typed = [flag.split("=")[0] for flag in args.typed if flag.startswith("--")] + ["prompt"] * bool(args.prompt)
+    asked = {flag: vars(args).get(flag.removeprefix("--").replace("-", "_")) for flag in typed}
+    differ = [f"{flag} {value}, there {there}" for flag, value in asked.items() if flag not in ("--resume", "--out")
+              and value != (there := settings[flag.removeprefix("--").replace("-", "_")])]
+    if differ:
+        raise ValueError(f"{run} was begun with other settings: {'; '.join(differ)}. Leave them out")
+    return argparse.Namespace(**settings | dict(out=run, resume=run))
+
+
 def train(args):
     """Trains one policy; see `python vlmrm.py train --help` for what it reads and leaves."""
-    start, device = time.time(), args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    start, args = time.time(), resumed(args) if args.resume else args
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    rank, local, world, here = (int(os.environ.get(name, default)) for name, default in (  # as torchrun sets them
+        ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
+    if world > 1:
+        gpus = torch.cuda.device_count()
+        if device == "cuda" and gpus:
+            device = f"cuda:{local % gpus}"
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl" if device != "cpu" and here <= gpus else "gloo")  # a GPU for each
     task = args.task or (next((t for t in TASKS if args.prompt == [TASKS[t][0]]), None) if args.prompt else "kneeling")
     prompt, condition = args.prompt or [TASKS[task][0]], TASKS[task][1] if task else None
     baseline = args.baseline or [BASELINE_PROMPT]
     name = task or "-".join("".join(c if c.isalnum() else " " for c in prompt[0].lower()).split())[:60]
     name += f"-{short(args.model)}" * (args.model != EMBEDDED_CLIP) + f"-alpha{args.alpha:g}" * (args.alpha != 0.5)
     out = args.out or Path("runs") / f"{name}-seed{args.seed}"
-    check_free(out, args.overwrite, "config.json", "metrics.csv")
-    if args.envs < 1 or args.episodes < 1:
-        raise ValueError(f"--envs {args.envs}, --episodes {args.episodes}: at least one of each")
+    if rank == 0 and not args.resume:
+        check_free(out, args.overwrite, "config.json", "metrics.csv")
+    if not all(map(np.isfinite, (args.distance, args.elevation, args.azimuth))) or args.distance <= 0:
+        raise ValueError(f"--distance {args.distance}, --elevation {args.elevation}, --azimuth {args.azimuth}: a "
+                         "camera needs finite numbers, and some distance")
+    if args.envs < 1 or args.episodes < 1 or args.envs % world or args.batch_size % world:
+        raise ValueError(f"--envs {args.envs}, --episodes {args.episodes}, --batch-size {args.batch_size}: at least "
+                         f"one of each, and --envs and --batch-size in equal shares for {world} processes")
 
     clip = CLIP(args.model, device, args.precision)
     reward_fn = VLMReward(clip, prompt, baseline, args.alpha)
@@ -747,13 +877,13 @@ def train(args):
     scene = Scene(clip.size, args.look, camera)
     scene.render(mujoco.MjData(scene.model))  # without OpenGL, fail now and not after the first round
     config = sac.Config(**{field.name: getattr(args, field.name) for field in fields(sac.Config)})
-    envs, eval_envs = (make_envs(scene, condition, args.envs, config.round_steps) for _ in range(2))
+    envs, eval_envs = (make_envs(scene, condition, args.envs // world, config.round_steps) for _ in range(2))
     agent = sac.SAC(envs.single_observation_space, envs.single_action_space, config, device)
 
     def judge(act, reward_fn=None):  # on seeds that neither training nor selection uses
         return sac.evaluate(eval_envs, act, reward_fn, args.episodes, seed=2 * 10**9, episode_steps=config.round_steps)
 
-    references, rng = {}, np.random.default_rng(args.seed)
+    references, rng = {}, np.random.default_rng([args.seed, rank])
     shape = envs.action_space.shape
     if condition:
         for name, act in (("zero action", lambda obs: np.zeros(shape)), ("untrained network", agent.best_action),
@@ -761,40 +891,56 @@ def train(args):
             half, held = success_rates(judge(act)[1])
             references[name] = dict(success=half, success_held=held)
 
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    settings = {key: value for key, value in vars(args).items() if key not in ("command", "function", "overwrite")}
-    settings |= dict(prompt=prompt, baseline=baseline, task=task, device=device, out=str(out))
-    (out / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
-    print(f"Training {prompt} against {baseline}, alpha {args.alpha:g}, on {device}, into {out}/")
-    rows = []
-    with open(out / "metrics.csv", "w", newline="") as file, tqdm(total=config.steps, unit="step") as bar:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        for row in sac.train(agent, envs, eval_envs, reward_fn):
+    folder, metrics = out / "checkpoint", out / "metrics.csv"
+    if rank == 0 and not args.resume:
+        shutil.rmtree(out, ignore_errors=True)
+        folder.mkdir(parents=True)
+        settings = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
+        settings |= dict(prompt=prompt, baseline=baseline, task=task, out=str(out))
+        with sac.whole(out / "config.json", "w") as file:
+            file.write(json.dumps(settings, indent=1) + "\n")
+        write_csv(metrics, COLUMNS, [])
+    if world > 1:
+        torch.distributed.barrier()  # an older run is gone before any process looks for a checkpoint
+    if rank == 0:
+        print(f"Training {prompt} against {baseline}, alpha {args.alpha:g}, on {device}, into {out}/")
+    rows = read_metrics(metrics) if rank == 0 else []
+    done = int(rows[-1]["steps"]) if rows else 0
+    with tqdm(total=config.steps, initial=done, unit="step", disable=rank > 0) as bar:  # only one process shows, writes
+        for row in sac.train(agent, envs, eval_envs, reward_fn, folder):
             for key in ("success", "eval_success"):
                 if key in row:
                     row[key], row[key + "_held"] = success_rates(row[key])
-            if row.pop("best", False):
-                torch.save(agent.state_dict(), out / "policy.pt")
-            rows.append(row)
-            writer.writerow({key: f"{value:.8g}" for key, value in row.items()})
-            file.flush()
+            best = row.pop("best", False)
+            rows = [*(old for old in rows if old["steps"] < row["steps"]), row]
+            if rank == 0:
+                write_csv(metrics, COLUMNS, rows)
+                if best:
+                    with sac.whole(out / "policy.pt") as file:
+                        torch.save(agent.state_dict(), file)
             judged = f", success {row['success']:.0%}" if condition else ""
             bar.set_postfix_str(f"CLIP reward {row['reward']:.3f}{judged}")
             bar.update(row["steps"] - bar.n)
 
     rewards, success = judge(agent.best_action, reward_fn)
     half, held = success_rates(success) if condition else (None, None)
+    if world > 1:
+        torch.distributed.destroy_process_group()
+    if rank > 0:
+        return
     plot_curve(rows, prompt[0], out / "curve.png")
     record_video(agent.best_action, camera, args.look, out / "video.gif", config.round_steps)
-    result = dict(prompt=prompt, task=task, model=args.model, alpha=args.alpha, seed=args.seed, steps=row["steps"],
-                  episodes=args.episodes, success=half, success_held=held, reward=float(rewards.mean()),
-                  references=references, seconds=round(time.time() - start, 1))
-    (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    result = dict(prompt=prompt, task=task, model=args.model, alpha=args.alpha, seed=args.seed,
+                  steps=int(rows[-1]["steps"]), episodes=args.episodes, success=half, success_held=held,
+                  reward=float(rewards.mean()), references=references,
+                  seconds=None if args.resume else round(time.time() - start, 1))
+    with sac.whole(out / "result.json", "w") as file:
+        file.write(json.dumps(result, indent=1) + "\n")
+    shutil.rmtree(folder)
     judged = f"Success {half:.0%}, held to the end {held:.0%}" if condition else "No success condition for this prompt"
-    print(f"{judged}; CLIP reward {rewards.mean():.3f}; {args.episodes} episodes after {row['steps']:,} steps and "
-          f"{result['seconds'] / 60:.1f} minutes. Watch {out}/video.gif and see {out}/curve.png")
+    print(f"{judged}; CLIP reward {rewards.mean():.3f}; {args.episodes} episodes after {result['steps']:,} steps and "
+          f"{(time.time() - start) / 60:.1f} minutes{' since it was resumed' * bool(args.resume)}. "
+          f"Watch {out}/video.gif and see {out}/curve.png")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -818,6 +964,7 @@ def parser() -> argparse.ArgumentParser:
                            help=f"the scene without the goal; several are averaged. Left out: {BASELINE_PROMPT}")
 
     command = commands.add_parser("train", usage="vlmrm.py train [PROMPT ...] [OPTIONS]", formatter_class=Formatter,
+                                  allow_abbrev=False,
                                   help="train a policy on a sentence", description=(
         "Trains SAC on the humanoid, rewarded by CLIP for looking like a sentence, and leaves in runs/NAME/:\n"
         "  video.gif    the best policy, in three new episodes\n"
@@ -848,8 +995,11 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--out", type=Path, help="folder of the run; left out: runs/TASK-seedN, with the model "
                        "and alpha in its name where they are not the usual")
     group.add_argument("--overwrite", action="store_true", help="replace a run that is already there")
+    group.add_argument("--resume", type=Path, metavar="RUN", help="go on with the interrupted run in this folder, with "
+                       "the settings it was begun with")
 
-    command = commands.add_parser("evaluate", formatter_class=Formatter, help="judge rewards before training on them",
+    command = commands.add_parser("evaluate", formatter_class=Formatter, allow_abbrev=False,
+                                  help="judge rewards before training on them",
                                   description=(
         "Compares CLIP rewards with the tasks' success conditions on the fixed states in evaluation/, and leaves in\n"
         "runs/evaluate/:\n"
@@ -870,13 +1020,16 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
+    if not argv or argv[0].startswith("-") and not {"-h", "--help", "train", "evaluate"} & set(argv):
         argv.insert(0, "train")
     args = parser().parse_args(argv)
+    args.typed = argv
     try:
         args.function(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: a full disk, a folder that must not be written
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted. A training goes on from its last round by train --resume RUN")
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def settled(count=200):
 
 def random_policy(count=200):
     rng, body, states = np.random.default_rng([SEED, 101]), make.Body(), []
-    for i in range(count):
+    for _ in range(count):
         mujoco.mj_resetData(body.model, body.data)
         body.data.qpos[:] += rng.uniform(-.01, .01, 24)
         for _ in range(rng.integers(100)):

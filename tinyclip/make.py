@@ -92,7 +92,7 @@ def legs_of(p: Pose) -> np.ndarray:
 
 
 def arms_from_torso(p: Pose):
-    """Seen from the torso, in metres, of each arm: how far the hand is up, forward and aside (outwards) of the shoulder,
+    """Seen from the torso, in metres, of each arm: how far the hand is up, forward and aside (outward) of the shoulder,
     how far the elbow is aside of it, the hand's distance from its hip, its height over the pelvis: six times (N, 2)."""
     across = np.cross(p.up, p.facing)                                          # (N, 3) the torso's leftward axis
     hand, elbow, low = p.hands - p.shoulders, p.elbows - p.shoulders, p.hands - p.pelvis[:, None]
@@ -483,8 +483,8 @@ def train(frames, labels, config, steps, seed=0, batch_size=256, log=print):
                       - ((true / true.sum(0)) * logits.log_softmax(0)).sum(0).mean() / 2
         y = torch.from_numpy(labels[rows])
         auxiliary = [F.cross_entropy(head(image) * 10, y[:, k]) for k, head in enumerate(heads)]
-        squared = (line[0] * cosine + line[1] - true).square().mean()          # a cosine says true or not, and no more;
-        loss = contrastive + 20 * i / steps * squared + 0.5 * sum(auxiliary)   # full weight from the start: less learned
+        squared = (line[0] * cosine + line[1] - true).square().mean()          # a cosine says true or not, no more;
+        loss = contrastive + 20 * i / steps * squared + 0.5 * sum(auxiliary)   # full weight from the start: learns less
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -533,7 +533,7 @@ def main():
                         "for --steps on the states that --keep kept, into folders under --out")
     args = parser.parse_args()
     if args.family:
-        return in_parallel(family_member, [(args.family, width, seed, args) for width in (28, 16, 8, 4, 2)
+        return in_parallel(family_member, [(args.family, width, seed, args) for width in (24, 16, 8, 4, 2)
                                            for seed in range(2)])
     start, config = time.time(), architecture(args.width, args.size)
 
