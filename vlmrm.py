@@ -835,10 +835,9 @@ def resumed(args):
     settings = json.loads((run / "config.json").read_text())
     if settings.keys() != vars(args).keys() - set(NOT_SETTINGS):
         raise ValueError(f"{run} was begun by another version of vlmrm.py: it cannot be resumed by this one")
-    typed = [flag.split("=")[0] for flag in args.typed if flag.startswith("--")] + ["prompt"] * bool(args.prompt)
-    asked = {flag: vars(args).get(flag.removeprefix("--").replace("-", "_")) for flag in typed}
-    differ = [f"{flag} {value}, there {there}" for flag, value in asked.items() if flag not in ("--resume", "--out")
-              and value != (there := settings[flag.removeprefix("--").replace("-", "_")])]
+    typed = {word.split("=")[0].removeprefix("--").replace("-", "_") for word in args.typed if word.startswith("--")}
+    differ = [f"--{key.replace('_', '-')} {vars(args)[key]}, there {there}" for key, there in settings.items()
+              if key != "out" and (key in typed or key == "prompt" and args.prompt) and vars(args)[key] != there]
     if differ:
         raise ValueError(f"{run} was begun with other settings: {'; '.join(differ)}. Leave them out")
     return argparse.Namespace(**settings | dict(out=run, resume=run))
