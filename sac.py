@@ -14,11 +14,13 @@ estimates the discounted sum of future rewards, plus a temperature times the ent
 things out is worth something. The actor learns to choose actions that the critic values; the temperature is tuned to
 hold the entropy at a target. The smaller of two critics, and slow copies of both, keep the estimates sober.
 """
+
 import contextlib
 import copy
 import io
 import math
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,9 +29,12 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from gymnasium.spaces import Box
+from gymnasium.vector import VectorEnv
+from torch import Tensor
 
 
-def setting(default, meaning: str):
+def setting(default: float, meaning: str):
     return field(default=default, metadata=dict(help=meaning))
 
 
@@ -79,14 +84,14 @@ class RunningNorm(nn.Module):
         self.register_buffer("var", torch.ones(size))
         self.register_buffer("count", torch.zeros(()))
 
-    def update(self, x):  # (B, O): merge the moments of two samples, Chan et al.
+    def update(self, x: Tensor):  # (B, O): merge the moments of two samples, Chan et al.
         count = self.count + len(x)
         delta = x.mean(0) - self.mean
         self.var += (x.var(0, correction=0) - self.var) * len(x) / count + delta**2 * self.count * len(x) / count**2
         self.mean += delta * len(x) / count
         self.count += len(x)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
 
 
@@ -98,7 +103,7 @@ class Actor(nn.Module):
         self.body = nn.Sequential(nn.Linear(obs_size, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
         self.head = nn.Linear(hidden, 2 * act_size)
 
-    def forward(self, obs, deterministic: bool = False):
+    def forward(self, obs: Tensor, deterministic: bool = False) -> tuple[Tensor, Tensor]:
         """obs (B, O) -> action (B, A), log_prob (B,) = log pi(action | obs)."""
         mean, log_std = self.head(self.body(obs)).chunk(2, -1)
         log_std = log_std.clamp(-20, 2)
@@ -116,12 +121,14 @@ class TwinCritic(nn.Module):
     def __init__(self, obs_size: int, act_size: int, hidden: int):
         super().__init__()
 
-        def network():
-            return nn.Sequential(nn.Linear(obs_size + act_size, hidden), nn.LayerNorm(hidden), nn.ReLU(),
-                                 nn.Linear(hidden, hidden), nn.LayerNorm(hidden), nn.ReLU(), nn.Linear(hidden, 1))
-        self.q1, self.q2 = network(), network()
+        def layer(inputs):
+            return nn.Linear(inputs, hidden), nn.LayerNorm(hidden), nn.ReLU()
 
-    def forward(self, obs, action):
+        self.q1, self.q2 = (
+            nn.Sequential(*layer(obs_size + act_size), *layer(hidden), nn.Linear(hidden, 1)) for _ in range(2)
+        )
+
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         """obs (B, O), action (B, A) -> (2, B)."""
         x = torch.cat([obs, action], -1)
         return torch.stack([self.q1(x), self.q2(x)]).squeeze(-1)
@@ -138,13 +145,13 @@ class ReplayBuffer:
     def __len__(self):
         return self.size if self.full else self.next
 
-    def add(self, rows):  # (n, all widths)
+    def add(self, rows: Tensor):  # (n, all widths)
         where = (self.next + torch.arange(len(rows))) % self.size
         self.data[where] = rows
         self.full |= self.next + len(rows) >= self.size
         self.next = (self.next + len(rows)) % self.size
 
-    def sample(self, batch_size: int, device="cpu"):
+    def sample(self, batch_size: int, device: str = "cpu") -> tuple[Tensor, ...]:
         """A random batch: obs (B, O), action (B, A), reward (B,), next_obs (B, O), terminated (B,)."""
         rows = self.data[torch.randint(len(self), (batch_size,))].to(device)  # one copy, one transfer
         obs, action, reward, next_obs, terminated = rows.split(self.widths, 1)
@@ -158,7 +165,7 @@ class ReplayBuffer:
 class SAC(nn.Module):
     """Actor, twin critics, their slow copies, the temperature, and one gradient update of them all."""
 
-    def __init__(self, observation_space, action_space, config: Config, device="cpu"):
+    def __init__(self, observation_space: Box, action_space: Box, config: Config, device: str = "cpu"):
         super().__init__()
         torch.manual_seed(config.seed)
         obs_size, act_size = observation_space.shape[0], action_space.shape[0]
@@ -171,20 +178,20 @@ class SAC(nn.Module):
         self.log_temperature = nn.Parameter(torch.tensor(math.log(config.init_temperature)))
         self.target_entropy = -float(act_size)  # the usual choice: -dim(A)
         self.to(device)
-        self.optimizers = [torch.optim.Adam(parameters, config.learning_rate, fused=True) for parameters in (
-            self.critic.parameters(), [*self.actor.parameters(), self.log_temperature])]
+        trained = self.critic.parameters(), [*self.actor.parameters(), self.log_temperature]
+        self.optimizers = [torch.optim.Adam(some, config.learning_rate, fused=True) for some in trained]
 
     @torch.no_grad()
-    def act(self, obs, deterministic: bool = False) -> np.ndarray:
+    def act(self, obs: np.ndarray, deterministic: bool = False) -> np.ndarray:
         """Observations (N, O), raw -> actions (N, A) in (-1, 1): a sample of the policy, or its averaged centre."""
         obs = torch.as_tensor(obs, dtype=torch.float32, device=self.device)
         actor = self.mean_actor if deterministic else self.actor
         return actor(self.norm(obs), deterministic)[0].cpu().numpy()
 
-    def best_action(self, obs) -> np.ndarray:
+    def best_action(self, obs: np.ndarray) -> np.ndarray:
         return self.act(obs, deterministic=True)
 
-    def critic_loss(self, obs, action, reward, next_obs, terminated):
+    def critic_loss(self, obs: Tensor, action: Tensor, reward: Tensor, next_obs: Tensor, terminated: Tensor) -> Tensor:
         """Mean squared soft Bellman error. Only `terminated` cuts the future off: a truncated episode would go on."""
         with torch.no_grad():
             next_action, next_log_prob = self.actor(next_obs)
@@ -193,17 +200,17 @@ class SAC(nn.Module):
             target = reward + self.config.gamma * (1 - terminated) * next_value  # (B,)
         return (self.critic(obs, action) - target).square().mean(1).sum()  # mean over the batch, sum over critics
 
-    def actor_loss(self, obs):
+    def actor_loss(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """E[temperature log pi(a|s) - min Q(s, a)], and the log_prob (B,) that the temperature needs."""
         action, log_prob = self.actor(obs)
         q = self.critic(obs, action).min(0).values
         return (self.log_temperature.exp().detach() * log_prob - q).mean(), log_prob.detach()
 
-    def temperature_loss(self, log_prob):
+    def temperature_loss(self, log_prob: Tensor) -> Tensor:
         """Raises the temperature while the policy's entropy is under its target, lowers it while over."""
         return -(self.log_temperature.exp() * (log_prob + self.target_entropy)).mean()
 
-    def update(self, obs, action, reward, next_obs, terminated) -> dict:
+    def update(self, obs: Tensor, action: Tensor, reward: Tensor, next_obs: Tensor, terminated: Tensor) -> dict:
         """One gradient step for all, on a batch: raw observations (B, O), actions (B, A), the rest (B,)."""
         critic_optimizer, actor_optimizer = self.optimizers
         obs, next_obs = self.norm(obs), self.norm(next_obs)
@@ -212,14 +219,16 @@ class SAC(nn.Module):
         actor_loss, log_prob = self.actor_loss(obs)
         descend(actor_optimizer, actor_loss + self.temperature_loss(log_prob))  # neither has gradients of the other's
         with torch.no_grad():
-            for slow, fast, tau in ((self.target, self.critic, self.config.tau),
-                                    (self.mean_actor, self.actor, self.config.actor_tau)):
+            for slow, fast, tau in (
+                (self.target, self.critic, self.config.tau),
+                (self.mean_actor, self.actor, self.config.actor_tau),
+            ):
                 torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), tau)
-        return dict(critic_loss=critic_loss, actor_loss=actor_loss, temperature=self.log_temperature.exp(),
-                    entropy=-log_prob.mean())
+        temperature, entropy = self.log_temperature.exp(), -log_prob.mean()
+        return dict(critic_loss=critic_loss, actor_loss=actor_loss, temperature=temperature, entropy=entropy)
 
 
-def descend(optimizer, loss):
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor):
     parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
     loss.backward(inputs=parameters)  # the actor's loss runs through the critics: their gradients are not wanted
@@ -246,7 +255,7 @@ def gather(x: np.ndarray) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def rollout(envs, act, steps, reward_fn, seed):
+def rollout(envs: VectorEnv, act: Callable, steps: int, reward_fn: Callable | None, seed: int) -> list[np.ndarray]:
     """`steps` steps of every environment, from fresh episodes (seeds seed, seed + 1, ...), labelled in one batch.
 
     act: observations (N, O) -> actions (N, A) in [-1, 1], which are stretched to the environments' own range. Returns
@@ -272,7 +281,9 @@ def rollout(envs, act, steps, reward_fn, seed):
     return columns
 
 
-def evaluate(envs, act, reward_fn, episodes: int, seed: int, episode_steps: int):
+def evaluate(
+    envs: VectorEnv, act: Callable, reward_fn: Callable | None, episodes: int, seed: int, episode_steps: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Mean reward of each episode, (episodes,), and success at each step, (episodes, episode_steps).
 
     Episodes start from seeds seed, seed + 1, ..., and are episode_steps long: only truncation ends them. Several
@@ -288,7 +299,7 @@ def evaluate(envs, act, reward_fn, episodes: int, seed: int, episode_steps: int)
 
 
 @contextlib.contextmanager
-def whole(path, mode: str = "wb"):
+def whole(path: Path, mode: str = "wb"):
     """A file to write, which takes its name only when it is complete and on the disk: there is never half a file."""
     buffer = io.BytesIO() if "b" in mode else io.StringIO(newline="")
     yield buffer
@@ -299,7 +310,9 @@ def whole(path, mode: str = "wb"):
     os.replace(f"{path}.part", path)
 
 
-def train(agent: SAC, envs, eval_envs, reward_fn, folder: Path | None = None):
+def train(
+    agent: SAC, envs: VectorEnv, eval_envs: VectorEnv, reward_fn: Callable | None, folder: Path | None = None
+) -> Iterator[dict]:
     """Algorithm 1. Yields a dict of numbers after each round; at the end the agent is its best checkpoint.
 
     envs, eval_envs: vector environments made with autoreset_mode=DISABLED, for episodes of config.round_steps;
@@ -320,21 +333,24 @@ def train(agent: SAC, envs, eval_envs, reward_fn, folder: Path | None = None):
         raise ValueError(f"buffer_size is {config.buffer_size}; it has to hold a round, here of {round_size} steps")
     buffer = ReplayBuffer(min(config.buffer_size, config.steps + round_size) // world, obs_size, act_size)
     steps, best_reward, best, next_eval = 0, -math.inf, None, config.learning_starts
+    settings = vars(config) | dict(processes=world, round_size=round_size)
     # Steps count those of all processes, the buffer's rows those of one. It remembers rounds of so many steps:
     remembered = -(-buffer.size * world // round_size) * round_size
 
     def round_file(start):
         return folder / f"round{start}-{rank}.npy"
+
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     if folder is not None and (folder / "state.pt").exists():
         saved = torch.load(folder / "state.pt", map_location=agent.device, weights_only=True)
-        others = [f"{key} {value} there, {getattr(config, key)} here" for key, value in saved["config"].items()
-                  if value != getattr(config, key)]
-        if others or saved["world"] != world or saved["round_size"] != round_size:
-            raise ValueError(f"{folder} is of other settings: " + ("; ".join(others) or (
-                f"rounds of {saved['round_size']} steps in {saved['world']} processes there, of {round_size} in "
-                f"{world} here (torchrun --nproc_per_node={saved['world']})")))
+        others = [
+            f"{key} {value} there, {settings.get(key)} here"
+            for key, value in saved["settings"].items()
+            if value != settings.get(key)
+        ]
+        if others:
+            raise ValueError(f"{folder} is of other settings: {'; '.join(others)}")
         agent.load_state_dict(saved["agent"])
         for optimizer, state in zip(agent.optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
@@ -350,8 +366,8 @@ def train(agent: SAC, envs, eval_envs, reward_fn, folder: Path | None = None):
         torch.manual_seed(int(rng.integers(2**63)))
         # act; label the frames of the whole round; move it to D
         act = agent.act if learning else lambda obs: rng.uniform(-1, 1, envs.action_space.shape)
-        *columns, success = rollout(envs, act, config.round_steps, reward_fn,
-                                    seed=10**10 * (config.seed + 1) + start + rank * envs.num_envs)
+        episodes = 10**10 * (config.seed + 1) + start + rank * envs.num_envs  # the seed of the first
+        *columns, success = rollout(envs, act, config.round_steps, reward_fn, episodes)
         rows = np.concatenate([x.reshape(round_size // world, -1) for x in columns], 1, dtype=np.float32)
         buffer.add(torch.from_numpy(rows))
         agent.norm.update(torch.as_tensor(gather(rows[:, :obs_size]), device=agent.device))
@@ -371,8 +387,9 @@ def train(agent: SAC, envs, eval_envs, reward_fn, folder: Path | None = None):
         # judge, and keep the best
         if steps >= next_eval or steps >= config.steps:
             next_eval = steps + config.eval_every
-            rewards, successes = evaluate(eval_envs, agent.best_action, reward_fn, config.eval_episodes,
-                                          seed=10**9 + config.seed, episode_steps=config.round_steps)
+            rewards, successes = evaluate(
+                eval_envs, agent.best_action, reward_fn, config.eval_episodes, 10**9 + config.seed, config.round_steps
+            )
             row |= dict(eval_reward=float(rewards.mean()), eval_success=successes)
             if row["eval_reward"] > best_reward:
                 best_reward, best, row["best"] = row["eval_reward"], copy.deepcopy(agent.state_dict()), True
@@ -384,9 +401,9 @@ def train(agent: SAC, envs, eval_envs, reward_fn, folder: Path | None = None):
             dist.barrier()  # so are the rounds of all processes
         if folder is not None and rank == 0:
             with whole(folder / "state.pt") as file:
-                torch.save(dict(config=vars(config), world=world, round_size=round_size, steps=steps, best=best,
-                                best_reward=best_reward, next_eval=next_eval, agent=agent.state_dict(),
-                                optimizers=[optimizer.state_dict() for optimizer in agent.optimizers]), file)
+                state = dict(settings=settings, steps=steps, next_eval=next_eval, best=best, best_reward=best_reward)
+                optimizers = [optimizer.state_dict() for optimizer in agent.optimizers]
+                torch.save(state | dict(agent=agent.state_dict(), optimizers=optimizers), file)
         if folder is not None:
             round_file(start - remembered - round_size).unlink(missing_ok=True)
     agent.load_state_dict(best)

@@ -1,4 +1,5 @@
 """What this repository promises, one promise a test. References are computed here, in another way than in the code."""
+
 import contextlib
 import copy
 import csv
@@ -22,7 +23,7 @@ import threading
 import time
 from pathlib import Path
 
-import vlmrm            # first: it chooses MuJoCo's renderer, and imports torch and open_clip before there is one
+import vlmrm  # first: it chooses MuJoCo's renderer, and imports torch and open_clip before there is one
 import sac
 import gymnasium
 import hypothesis
@@ -68,7 +69,7 @@ def embeddings():
     return [torch.randn(shape, generator=generator) for shape in ((64, 512), (512,), (512,))]
 
 
-@pytest.mark.parametrize("alpha", [0, .25, .5, .75, 1])
+@pytest.mark.parametrize("alpha", [0, 0.25, 0.5, 0.75, 1])
 def test_reward_is_equation_3_for_embeddings_of_any_norm(alpha):
     state, goal, baseline = embeddings()
     expected = reference_reward(state, goal, baseline, alpha)
@@ -86,7 +87,7 @@ def test_clip_reward_is_the_cosine_and_equation_3_at_alpha_0():
 def test_alpha_1_reads_nothing_but_the_place_along_the_line():
     """L runs through (1, 0, 0), the goal, and (0, 1, 0). Unit vectors with x - y = .4 all project on (.7, .3, 0), whose
     squared distance to the goal is .18."""
-    state = torch.tensor([[.4, 0, .84**.5], [.2, -.2, .92**.5], [.7, .3, -.42**.5]])
+    state = torch.tensor([[0.4, 0, 0.84**0.5], [0.2, -0.2, 0.92**0.5], [0.7, 0.3, -(0.42**0.5)]])
     close(vlmrm.goal_baseline_reward(state, torch.eye(3)[0], torch.eye(3)[1], 1), [0.91] * 3, 1e-6)
 
 
@@ -111,10 +112,10 @@ def architecture(kind):
     preprocess = dict(mean=[0.5] * 3, std=[0.5] * 3, resize_mode="squash" if kind == "SigLIP" else "longest")
     if kind == "padding":
         return json.loads((ROOT / "tinyclip/open_clip_config.json").read_text())["model_cfg"], preprocess
-    config = open_clip.get_model_config("ViT-B-16-SigLIP") | dict(embed_dim=192)            # made small
+    config = open_clip.get_model_config("ViT-B-16-SigLIP") | dict(embed_dim=192)  # made small
     config["vision_cfg"]["timm_model_name"] = "vit_tiny_patch16_224"
     config["text_cfg"].update(width=192, heads=3, layers=2)
-    config["text_cfg"].pop("hf_tokenizer_name")                                 # a download; open_clip's own has
+    config["text_cfg"].pop("hf_tokenizer_name")  # a download; open_clip's own has
     config["text_cfg"]["vocab_size"] = 49408
     return config, preprocess
 
@@ -169,8 +170,10 @@ def test_image_embeddings_are_unit_vectors_whatever_the_batch(saved):
 
 @pytest.mark.parametrize("alpha", [0, 0.5])
 def test_bf16_rewards_are_close_to_fp32_rewards(saved, alpha):
-    full, half = (vlmrm.VLMReward(vlmrm.CLIP(saved, precision=p), KNEELING, alpha=alpha)(frames(224, 224))
-                  for p in ("fp32", "bf16"))
+    full, half = (
+        vlmrm.VLMReward(vlmrm.CLIP(saved, precision=p), KNEELING, alpha=alpha)(frames(224, 224))
+        for p in ("fp32", "bf16")
+    )
     assert half.dtype == np.float32
     close(half, full, 2e-2)
 
@@ -200,7 +203,7 @@ def test_several_prompts_are_averaged(clip):
 
 
 def test_prompt_that_just_fits_is_read_and_a_longer_one_is_refused(clip):
-    words = clip.tokenizer(["robot"]).shape[1] - 2                              # besides the start and the end
+    words = clip.tokenizer(["robot"]).shape[1] - 2  # besides the start and the end
     clip.embed_text(" ".join(["robot"] * words))
     for count in words + 1, 10 * words:
         with pytest.raises(ValueError, match="tokens"):
@@ -228,16 +231,16 @@ def test_episodes_never_terminate_and_truncate_at_step_100():
     for step in range(1, 101):
         _, _, terminated, truncated, info = envs.step(np.full((2, 17), -0.4))
         assert not terminated.any() and truncated.tolist() == [step == 100] * 2 and info["success"].dtype == bool
-    assert envs.envs[0].unwrapped.data.qpos[2] < 0.7                            # although it has long fallen
+    assert envs.envs[0].unwrapped.data.qpos[2] < 0.7  # although it has long fallen
 
 
-def picture(scene, x=0., y=0., z=1.4):
+def picture(scene, x=0.0, y=0.0, z=1.4):
     data = mujoco.MjData(scene.model)
     data.qpos[:3] = x, y, z
     return scene.render(data).astype(int)
 
 
-def centre(scene, x=0., y=0., z=1.4):
+def centre(scene, x=0.0, y=0.0, z=1.4):
     """(row, column) of the robot in the picture: the mean of the pixels that change when it is taken out of sight."""
     return np.argwhere((picture(scene, x, y, z) != picture(scene, x, y, 100)).any(-1)).mean(0)
 
@@ -254,7 +257,7 @@ def test_frames_are_uint8_of_the_size_asked_for_and_repeat_exactly(size):
 @pytest.mark.parametrize("look", ["realistic", "original"])
 def test_camera_shows_height_and_follows_the_robot_over_the_floor(look):
     scene = vlmrm.Scene((96, 96), look)
-    assert centre(scene, z=1.0)[0] > centre(scene)[0] + 5                       # 0.4 m lower is lower in the picture
+    assert centre(scene, z=1.0)[0] > centre(scene)[0] + 5  # 0.4 m lower is lower in the picture
     close(centre(scene, x=1.5, y=-0.7), centre(scene), 1)
 
 
@@ -267,8 +270,14 @@ def test_the_original_look_is_another():
 
 
 def arms(shoulder1, shoulder2, elbow):
-    return dict(right_shoulder1=shoulder1, right_shoulder2=shoulder2, right_elbow=elbow,
-                left_shoulder1=-shoulder1, left_shoulder2=-shoulder2, left_elbow=elbow)
+    return dict(
+        right_shoulder1=shoulder1,
+        right_shoulder2=shoulder2,
+        right_elbow=elbow,
+        left_shoulder1=-shoulder1,
+        left_shoulder2=-shoulder2,
+        left_elbow=elbow,
+    )
 
 
 RAISED, ON_HIPS, CROSSED, HANGING = arms(-75, -5, -30), arms(45, -55, -30), arms(55, 35, -80), arms(45, -35, -80)
@@ -282,7 +291,7 @@ ALL_FOURS, LYING = dict(hip_y=-90, knee=-90, abdomen_y=10, pitch=85), dict(knee=
 LOTUS = dict(hip_x=-5, hip_z=-55, hip_y=-60, knee=-155)
 LOTUS_LEANING = dict(hip_x=-15, hip_z=-55, hip_y=-85, knee=-155, pitch=15, abdomen_y=20)
 SPLITS, STRADDLE = dict(hip_x=-25, hip_z=-60, hip_y=-80, knee=-2), dict(hip_x=-15, hip_z=-35, hip_y=-85, knee=-5)
-SIT, IN_THE_AIR, TIPPED = dict(hip_y=-85, knee=-5), dict(lift=.3), dict(pitch=60)
+SIT, IN_THE_AIR, TIPPED = dict(hip_y=-85, knee=-5), dict(lift=0.3), dict(pitch=60)
 SCENE = vlmrm.Scene()
 
 
@@ -297,7 +306,7 @@ def place(pitch=0, lift=0, **pose):
     mujoco.mj_kinematics(model, data)
     half_length = np.where(model.geom_type == mujoco.mjtGeom.mjGEOM_CAPSULE, model.geom_size[:, 1], 0)
     lowest = data.geom_xpos[:, 2] - model.geom_size[:, 0] - half_length * np.abs(data.geom_xmat[:, 8])
-    data.qpos[2] += lift - lowest[1:].min()                                     # geom 0 is the floor
+    data.qpos[2] += lift - lowest[1:].min()  # geom 0 is the floor
     return data
 
 
@@ -306,19 +315,31 @@ def standing(*arms):
 
 
 GOALS_AND_NEAR_MISSES = {
-    "kneeling": ([KNEEL, ON_HEELS, dict(hip_y=-15, knee=-110), KNEEL | RAISED],
-                 [ONE_KNEE, SQUAT, KNEEL | IN_THE_AIR, KNEEL | TIPPED, ALL_FOURS, LOTUS, STAND, SIT, LYING]),
-    "lotus": ([LOTUS, LOTUS_LEANING, LOTUS | RAISED],
-              [LOTUS | dict(right_hip_z=0), LOTUS | IN_THE_AIR, LOTUS | TIPPED, KNEEL, ON_HEELS, SIT, SPLITS]),
-    "standing": (standing({}, RAISED, HANGING, dict(pitch=10)),
-                 [*standing(IN_THE_AIR, TIPPED), ONE_LEG, LEG_BEHIND, CROUCH, SQUAT, KNEEL, LYING]),
-    "arms-raised": (standing(RAISED),
-                    [*standing(ONE_RAISED, ASIDE, FORWARD, HANGING), KNEEL | RAISED, ONE_LEG | RAISED]),
-    "splits": ([SPLITS, SPLITS | RAISED],
-               [SPLITS | dict(right_knee=-60), SPLITS | IN_THE_AIR, SPLITS | TIPPED, STRADDLE, SIT, LOTUS, KNEEL]),
+    "kneeling": (
+        [KNEEL, ON_HEELS, dict(hip_y=-15, knee=-110), KNEEL | RAISED],
+        [ONE_KNEE, SQUAT, KNEEL | IN_THE_AIR, KNEEL | TIPPED, ALL_FOURS, LOTUS, STAND, SIT, LYING],
+    ),
+    "lotus": (
+        [LOTUS, LOTUS_LEANING, LOTUS | RAISED],
+        [LOTUS | dict(right_hip_z=0), LOTUS | IN_THE_AIR, LOTUS | TIPPED, KNEEL, ON_HEELS, SIT, SPLITS],
+    ),
+    "standing": (
+        standing({}, RAISED, HANGING, dict(pitch=10)),
+        [*standing(IN_THE_AIR, TIPPED), ONE_LEG, LEG_BEHIND, CROUCH, SQUAT, KNEEL, LYING],
+    ),
+    "arms-raised": (
+        standing(RAISED),
+        [*standing(ONE_RAISED, ASIDE, FORWARD, HANGING), KNEEL | RAISED, ONE_LEG | RAISED],
+    ),
+    "splits": (
+        [SPLITS, SPLITS | RAISED],
+        [SPLITS | dict(right_knee=-60), SPLITS | IN_THE_AIR, SPLITS | TIPPED, STRADDLE, SIT, LOTUS, KNEEL],
+    ),
     "hands-on-hips": (standing(ON_HIPS), [*standing(ON_CHEST, HANGING, DOWN, CROSSED, ASIDE), KNEEL | ON_HIPS]),
-    "one-leg": ([ONE_LEG, LEG_BEHIND, ONE_LEG | RAISED],
-                [STAND, STAND | dict(right_knee=-20), ONE_LEG | IN_THE_AIR, ONE_LEG | TIPPED, ONE_KNEE, KNEEL, SQUAT]),
+    "one-leg": (
+        [ONE_LEG, LEG_BEHIND, ONE_LEG | RAISED],
+        [STAND, STAND | dict(right_knee=-20), ONE_LEG | IN_THE_AIR, ONE_LEG | TIPPED, ONE_KNEE, KNEEL, SQUAT],
+    ),
     "arms-crossed": (standing(CROSSED), [*standing(FORWARD, ON_CHEST, HANGING, ON_HIPS, RAISED), KNEEL | CROSSED]),
 }
 
@@ -326,8 +347,11 @@ GOALS_AND_NEAR_MISSES = {
 @pytest.mark.parametrize("task", vlmrm.TASKS)
 def test_success_condition_accepts_the_goal_and_refuses_near_misses(task):
     goals, near_misses = GOALS_AND_NEAR_MISSES[task]
-    accepted = [pose for pose in goals + near_misses
-                if vlmrm.holds(vlmrm.TASKS[task][1], vlmrm.measure(SCENE.model, place(**pose)))]
+    accepted = [
+        pose
+        for pose in goals + near_misses
+        if vlmrm.holds(vlmrm.TASKS[task][1], vlmrm.measure(SCENE.model, place(**pose)))
+    ]
     assert accepted == goals
 
 
@@ -335,7 +359,7 @@ def test_a_pose_is_the_same_wherever_the_robot_stands_and_faces():
     data = place(**ONE_LEG | CROSSED | dict(pitch=10))
     here, before = vlmrm.measure(SCENE.model, data), data.qpos[3:7].copy()
     data.qpos[:2] += 3, -2
-    mujoco.mju_mulQuat(data.qpos[3:7], np.array([np.cos(1), 0, 0, np.sin(1)]), before)      # turned by 2 radians
+    mujoco.mju_mulQuat(data.qpos[3:7], np.array([np.cos(1), 0, 0, np.sin(1)]), before)  # turned by 2 radians
     for one, other in zip(here, vlmrm.measure(SCENE.model, data)):
         close(one, other, 1e-9)
 
@@ -391,7 +415,7 @@ def box(size, low=-1, high=1):
 def agent_and_batch(**settings):
     """In float64, where no wrong term hides in rounding."""
     agent = sac.SAC(box(5), box(3), sac.Config(hidden=32, **settings)).double()
-    agent.target.load_state_dict(sac.TwinCritic(5, 3, 32).state_dict())         # so that the target is not the critic
+    agent.target.load_state_dict(sac.TwinCritic(5, 3, 32).state_dict())  # so that the target is not the critic
     obs, action, next_obs = (torch.randn(64, n).double() for n in (5, 3, 5))
     agent.norm.update(3 * obs + 1)
     return agent, (obs, action.tanh(), torch.randn(64).double(), next_obs, (torch.rand(64) < 0.3).double())
@@ -429,12 +453,12 @@ def test_one_update_is_the_equations_of_sac_written_out():
     new_action, log_prob = policy(obs)
     actor_loss = (log_temperature.exp().detach() * log_prob - torch.min(*q(critics, obs, new_action))).mean()
     descend(actor_loss, list(actor.parameters()))
-    descend(-(log_temperature.exp() * (log_prob.detach() - 3)).mean(), [log_temperature])   # -3: -dim(A)
+    descend(-(log_temperature.exp() * (log_prob.detach() - 3)).mean(), [log_temperature])  # -3: -dim(A)
     for old, new in zip(target.parameters(), critics.parameters()):
         old.data = (1 - tau) * old.data + tau * new.data
     mean = [(1 - actor_tau) * old + actor_tau * new for old, new in zip(before, actor.parameters())]
 
-    assert all(parameter.grad_fn is None for parameter in agent.target.parameters())       # no graph grows
+    assert all(parameter.grad_fn is None for parameter in agent.target.parameters())  # no graph grows
     exactly = dict(rtol=1e-6, atol=1e-7)
     torch.testing.assert_close([losses["critic_loss"], losses["actor_loss"]], [critic_loss, actor_loss], **exactly)
     torch.testing.assert_close(agent.log_temperature, log_temperature, **exactly)
@@ -474,6 +498,7 @@ def test_replay_buffer_overwrites_the_oldest_and_keeps_rows_together():
 
 class Point(gymnasium.Env):
     """A point in a square. Only its picture is rewarded: the nearer to the middle, the better."""
+
     metadata, render_mode = dict(render_modes=["rgb_array"]), "rgb_array"
     observation_space, action_space, ends = box(2), box(2, -0.3, 0.1), False
 
@@ -500,6 +525,7 @@ def nearness(images):
 def points(steps=20, env=Point):
     def make():
         return gymnasium.wrappers.TimeLimit(env(), steps)
+
     return gymnasium.vector.SyncVectorEnv([make] * 8, autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED)
 
 
@@ -507,12 +533,12 @@ def test_rollout_labels_the_frame_after_the_action_and_does_not_call_truncation_
     envs, rng = points(steps=3), np.random.default_rng(0)
     columns = sac.rollout(envs, lambda obs: rng.uniform(-1, 1, obs.shape), 8, nearness, seed=0)
     obs, action, reward, next_obs, terminated, success = columns
-    close(next_obs, np.clip(obs - 0.1 + 0.2 * action, -1, 1), 1e-6)             # also at the last step of an episode
-    close(reward, 1 - np.linalg.norm(next_obs, axis=-1), 0.036)                 # to half of a pixel's diagonal
+    close(next_obs, np.clip(obs - 0.1 + 0.2 * action, -1, 1), 1e-6)  # also at the last step of an episode
+    close(reward, 1 - np.linalg.norm(next_obs, axis=-1), 0.036)  # to half of a pixel's diagonal
     assert np.abs(reward - (1 - np.linalg.norm(obs, axis=-1))).max() > 0.1
     assert not terminated.any() and np.isnan(success).all()
     goes_on = (obs[1:] == next_obs[:-1]).all(-1)
-    assert goes_on.all(1).tolist() == goes_on.any(1).tolist() == [1, 1, 0, 1, 1, 0, 1]    # a new episode each 3 steps
+    assert goes_on.all(1).tolist() == goes_on.any(1).tolist() == [1, 1, 0, 1, 1, 0, 1]  # a new episode each 3 steps
     np.testing.assert_array_equal(obs[0], envs.reset(seed=0)[0])
 
 
@@ -523,8 +549,17 @@ def test_rollout_reports_a_real_end():
 
 
 def learn(steps, reward_fn=nearness, **settings):
-    defaults = dict(learning_starts=800, round_steps=20, batch_size=128, gamma=0.9, learning_rate=1e-3, hidden=64,
-                    actor_tau=0.01, eval_every=800, seed=3)           # fewer updates than usual
+    defaults = dict(
+        learning_starts=800,
+        round_steps=20,
+        batch_size=128,
+        gamma=0.9,
+        learning_rate=1e-3,
+        hidden=64,
+        actor_tau=0.01,
+        eval_every=800,
+        seed=3,
+    )  # fewer updates than usual
     envs, eval_envs, rows, kept = points(), points(), [], None
     config = sac.Config(steps=steps, **defaults | settings)
     agent = sac.SAC(envs.single_observation_space, envs.single_action_space, config)
@@ -538,9 +573,12 @@ def test_sac_solves_a_task_that_it_sees_only_through_frames():
     agent, rows, _ = learn(12_000)
 
     def straight_to_the_middle(obs):
-        return (np.clip(-obs, -0.3, 0.1) + 0.1) / 0.2                           # -0.3..0.1 to -1..1
-    best, learned = (sac.evaluate(points(), act, nearness, episodes=64, seed=50_000, episode_steps=20)[0].mean()
-                     for act in (straight_to_the_middle, agent.best_action))
+        return (np.clip(-obs, -0.3, 0.1) + 0.1) / 0.2  # -0.3..0.1 to -1..1
+
+    best, learned = (
+        sac.evaluate(points(), act, nearness, episodes=64, seed=50_000, episode_steps=20)[0].mean()
+        for act in (straight_to_the_middle, agent.best_action)
+    )
     assert learned > best - 0.02 and rows[0]["reward"] < best - 0.3
 
 
@@ -565,8 +603,11 @@ def five_updates(rank=0, world=1):
     agent, batch = agent_and_batch(learning_rate=1e-3)
     noise = torch.Generator().manual_seed(2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "randn_like", lambda x: torch.randn(
-            64, x.shape[1], generator=noise, dtype=x.dtype).tensor_split(world)[rank])
+        patch.setattr(
+            torch,
+            "randn_like",
+            lambda x: torch.randn(64, x.shape[1], generator=noise, dtype=x.dtype).tensor_split(world)[rank],
+        )
         for _ in range(5):
             agent.update(*(column.tensor_split(world)[rank] for column in batch))
     return agent.state_dict()
@@ -587,14 +628,19 @@ def test_two_processes_learn_what_one_would_and_stay_the_same(tmp_path):
         torch.testing.assert_close(mine, others, rtol=0, atol=0)
     torch.testing.assert_close(updated, five_updates(), rtol=0, atol=1e-6)
     np.testing.assert_equal(rows, other[2])
-    assert len(rows) == 25 and rows[0]["success"].shape == (16, 20)               # 16 environments, 320 steps a round
+    assert len(rows) == 25 and rows[0]["success"].shape == (16, 20)  # 16 environments, 320 steps a round
     assert max(row.get("eval_reward", 0) for row in rows) > rows[0]["reward"] + 0.3
 
 
 def torchrun(out, *settings):
     command = "-m torch.distributed.run --standalone --nproc_per_node=2 vlmrm.py train --device cpu --episodes 16 --out"
-    return subprocess.Popen([sys.executable, *command.split(), str(out), *settings], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        [sys.executable, *command.split(), str(out), *settings],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def test_torchrun_trains_one_policy_and_leaves_one_result(tmp_path):
@@ -617,18 +663,20 @@ def test_when_a_process_is_killed_the_job_ends_with_an_error(tmp_path):
     assert not any(Path(f"/proc/{child}").exists() for child in children)
 
 
-def train_in(folder, steps=1_600, **settings):
-    """A training that leaves its metrics and, when it is done, its weights."""
+def train_in(folder, checkpoint=None, stop=None, steps=1_600, **settings):
+    """A training that leaves its metrics and, when it is done, its weights. It may stop after so many rounds."""
     envs, eval_envs, columns = points(), points(), ("steps", "reward", "critic_loss", "eval_reward")
-    config = sac.Config(**dict(steps=steps, learning_starts=480, round_steps=20, batch_size=32, hidden=16, seed=5,
-                               updates_per_step=0.05, eval_every=480, eval_episodes=8,
-                               buffer_size=900) | settings)                     # the buffer wraps around
+    defaults = dict(learning_starts=480, round_steps=20, batch_size=32, hidden=16, seed=5, updates_per_step=0.05)
+    defaults |= dict(eval_every=480, eval_episodes=8, buffer_size=900)  # the buffer wraps around
+    config, checkpoint = sac.Config(steps=steps, **defaults | settings), checkpoint or folder / "checkpoint"
     agent = sac.SAC(envs.single_observation_space, envs.single_action_space, config)
-    (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     rows = vlmrm.read_metrics(folder / "metrics.csv") if (folder / "metrics.csv").exists() else []
-    for row in sac.train(agent, envs, eval_envs, nearness, folder / "checkpoint"):
+    for count, row in enumerate(sac.train(agent, envs, eval_envs, nearness, checkpoint), 1):
         rows = [*(old for old in rows if old["steps"] < row["steps"]), {key: row[key] for key in columns if key in row}]
         vlmrm.write_csv(folder / "metrics.csv", columns, rows)
+        if count == stop:
+            return
     with sac.whole(folder / "policy.pt") as file:
         torch.save(agent.state_dict(), file)
 
@@ -643,17 +691,17 @@ def contents(folder, *names):
 
 
 def test_a_run_killed_at_any_moment_is_resumed_to_the_last_byte(tmp_path):
-    context = multiprocessing.get_context("forkserver")     # its children begin with everything imported
+    context = multiprocessing.get_context("forkserver")  # its children begin with everything imported
     context.set_forkserver_preload(["test_vlmrm"])
     whole, killed, results = tmp_path / "whole", tmp_path / "killed", ("metrics.csv", "policy.pt")
-    for target, arguments in (contents, (whole,)), (train_alone, (whole,)):    # the first only waits for the imports
+    for target, arguments in (contents, (whole,)), (train_alone, (whole,)):  # the first only waits for the imports
         process, start = context.Process(target=target, args=arguments), time.monotonic()
         process.start()
         process.join()
     length, kills, rng = time.monotonic() - start, 0, np.random.default_rng(0)
     while kills < 25:
         shutil.rmtree(killed, ignore_errors=True)
-        while not (killed / "policy.pt").exists():          # the last run of each ends by itself
+        while not (killed / "policy.pt").exists():  # the last run of each ends by itself
             process = context.Process(target=train_alone, args=(killed,))
             process.start()
             process.join(rng.uniform(0.2, 0.9) * length)
@@ -661,14 +709,30 @@ def test_a_run_killed_at_any_moment_is_resumed_to_the_last_byte(tmp_path):
                 process.kill()
                 process.join()
                 kills += 1
-                for file in killed.rglob("*"):              # whatever has its name is whole
+                for file in killed.rglob("*"):  # whatever has its name is whole
                     if file.suffix == ".pt":
                         torch.load(file, weights_only=True)
                     elif file.suffix == ".npy":
                         assert np.load(file).shape == (160, 8)
         assert contents(killed, *results) == contents(whole, *results)
         left = len(list((killed / "checkpoint").glob("*.npy")))
-        assert 7 <= left < 10             # of 10: what the buffer remembers, one more, and some if killed while tidying
+        assert 7 <= left < 10  # of 10: what the buffer remembers, one more, and some if killed while tidying
+
+
+def resumed_by_two(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
+    for name, stops in ("whole", [None]), ("interrupted", [2, 2, None]):
+        for stop in stops:
+            train_in(folder / f"{name}{rank}", folder / name, stop)
+    torch.distributed.destroy_process_group()
+
+
+def test_a_run_of_two_processes_is_resumed_to_the_last_byte(tmp_path):
+    torch.multiprocessing.spawn(resumed_by_two, (tmp_path,), nprocs=2)
+    for rank in range(2):
+        files = "metrics.csv", "policy.pt"
+        assert contents(tmp_path / f"whole{rank}", *files) == contents(tmp_path / f"interrupted{rank}", *files)
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
@@ -726,6 +790,7 @@ def test_wrapper_takes_a_clip_reward(clip):
 def test_vector_wrapper_rewards_as_the_single_one_does_and_a_mere_reset_by_nothing(mode):
     def vector(n):
         return gymnasium.vector.SyncVectorEnv([pendulum] * n, autoreset_mode=gymnasium.vector.AutoresetMode[mode])
+
     envs, single = vlmrm.VLMRewardVectorWrapper(vector(3), brightness), vlmrm.VLMRewardWrapper(pendulum(), brightness)
     envs.reset(seed=0), single.reset(seed=0)
     ended = False
@@ -743,8 +808,28 @@ def test_vector_wrapper_rewards_as_the_single_one_does_and_a_mere_reset_by_nothi
     assert ended
 
 
+def readme_code(begins):
+    """The README's lines of Python that begin so, with the embedded CLIP, which needs no network."""
+    (lines,) = re.findall(f"```python\n({begins}.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return lines.replace('CLIP("ViT-B-32/laion2b_s34b_b79k")', "CLIP()")
+
+
+def test_readmes_lines_reward_frames():
+    names = dict(frames=np.random.default_rng(0).integers(256, size=(3, 50, 60, 3), dtype=np.uint8))
+    exec(readme_code("from vlmrm import CLIP, VLMReward\n"), names)
+    assert names["rewards"].shape == (3,) and np.isfinite(names["rewards"]).all()
+
+
+def test_readmes_lines_train_stable_baselines3():
+    pytest.importorskip("stable_baselines3")
+    names, lines = {}, readme_code("import gymnasium, stable_baselines3")
+    exec(lines.replace("10_000", "300"), names)
+    rewards = names["model"].replay_buffer.rewards[:300]
+    assert names["model"].num_timesteps == 300 and np.abs(rewards).max() < 1.0001 and len(np.unique(rewards)) > 50
+
+
 def test_wrappers_refuse_environments_whose_frames_they_cannot_have():
-    with pytest.raises(ValueError, match="make the environment with render_mode=\"rgb_array\""):
+    with pytest.raises(ValueError, match='make the environment with render_mode="rgb_array"'):
         vlmrm.VLMRewardWrapper(gymnasium.make("InvertedPendulum-v5"), brightness)
     same_step = gymnasium.vector.SyncVectorEnv([pendulum], autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP)
     with pytest.raises(ValueError, match="NEXT_STEP or DISABLED"):
@@ -765,8 +850,14 @@ def run(tmp_path_factory):
 
 def test_a_killed_command_is_resumed_to_the_last_byte(tmp_path):
     def command(*arguments):
-        return subprocess.Popen([sys.executable, ROOT / "vlmrm.py", "train", *map(str, arguments)], cwd=tmp_path,
-                                text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return subprocess.Popen(
+            [sys.executable, ROOT / "vlmrm.py", "train", *map(str, arguments)],
+            cwd=tmp_path,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
     settings = "--steps 6400 --learning-starts 1600 --updates-per-step 0.1 --hidden 64 --episodes 16".split()
     _, message = (whole := command(*settings, "--out", tmp_path / "whole")).communicate()
     assert whole.returncode == 0, message
@@ -790,9 +881,15 @@ def test_a_killed_command_is_resumed_to_the_last_byte(tmp_path):
 def test_a_disk_that_is_full_and_ctrl_c_end_in_one_line_and_lose_nothing(tmp_path):
     def start(limit, out):
         command = f"ulimit -f {limit}; exec {sys.executable} {ROOT}/vlmrm.py train --hidden 512 --out {tmp_path / out}"
-        return subprocess.Popen(["bash", "-c", f"{command} --learning-starts 1600 --updates-per-step 0.01"],
-                                text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    full = start(6_000, "full")                             # KiB in one file: the round fits, the weights do not
+        return subprocess.Popen(
+            ["bash", "-c", f"{command} --learning-starts 1600 --updates-per-step 0.01"],
+            text=True,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # also behind nohup
+
+    full = start(6_000, "full")  # KiB in one file: the round fits, the weights do not
     assert full.wait() == 1
     stopped = start("unlimited", "stopped")
     while not (tmp_path / "stopped/checkpoint/state.pt").exists():
@@ -829,9 +926,19 @@ def test_short_training_raises_the_clip_reward(rows):
 def test_run_leaves_its_settings_and_metrics(run, config, rows):
     names = {"config.json", "metrics.csv", "policy.pt", "result.json", "curve.png", "video.gif"}
     assert {file.name for file in run.iterdir()} == names
-    expected = dict(prompt=[KNEELING], baseline=["a humanoid robot"], task="kneeling", alpha=0.5, look="realistic",
-                    model=vlmrm.EMBEDDED_CLIP, device="cpu", steps=16_000, seed=0, hidden=128,
-                    **{flag: vlmrm.CAMERA[flag] for flag in ("distance", "elevation", "azimuth")})
+    expected = dict(
+        prompt=[KNEELING],
+        baseline=["a humanoid robot"],
+        task="kneeling",
+        alpha=0.5,
+        look="realistic",
+        model=vlmrm.EMBEDDED_CLIP,
+        device="cpu",
+        steps=16_000,
+        seed=0,
+        hidden=128,
+        **{flag: vlmrm.CAMERA[flag] for flag in ("distance", "elevation", "azimuth")},
+    )
     assert config == config | expected
     assert [row["steps"] for row in rows] == list(range(1600, 16_001, 1600))
     assert all({"steps", "reward", "success", "success_held"} <= set(row) for row in rows)
@@ -873,6 +980,7 @@ def test_curve_and_video_can_be_seen(run):
 
 class Hub(http.server.BaseHTTPRequestHandler):
     """As much of a model hub as open_clip's client asks for."""
+
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *args):
@@ -897,11 +1005,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if self.command == "GET":
             self.server.downloads += 1
             if self.server.cut:
-                self.wfile.write(data[first:(first + len(data)) // 2])
+                self.wfile.write(data[first : (first + len(data)) // 2])
                 self.connection.shutdown(socket.SHUT_RDWR)
                 self.close_connection = True
             else:
                 self.wfile.write(data[first:])
+
     do_HEAD = do_GET
 
 
@@ -917,17 +1026,20 @@ def hub():
 
 def load(name, server, home):
     """Text embedding of the model, fetched by a new process; or its error; and what it showed meanwhile."""
-    code = ("import sys, vlmrm\ntry: print(vlmrm.CLIP(sys.argv[1]).embed_text('a dog').tolist())\n"
-            "except ValueError as error: sys.exit(f'error: {error}')")
+    code = (
+        "import sys, vlmrm\ntry: print(vlmrm.CLIP(sys.argv[1]).embed_text('a dog').tolist())\n"
+        "except ValueError as error: sys.exit(f'error: {error}')"
+    )
     address = f"http://127.0.0.1:{server.server_address[1]}"
     settings = dict(HF_ENDPOINT=address, HF_HOME=str(home), PYTHONPATH=str(ROOT))
-    terminal, stderr = pty.openpty()                                           # on which progress bars are drawn
+    terminal, stderr = pty.openpty()  # on which progress bars are drawn
     termios.tcsetwinsize(stderr, (24, 120))
-    process = subprocess.Popen([sys.executable, "-c", code, name], env=os.environ | settings, text=True,
-                               stdout=subprocess.PIPE, stderr=stderr)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, name], env=os.environ | settings, text=True, stdout=subprocess.PIPE, stderr=stderr
+    )
     os.close(stderr)
     shown = b""
-    with contextlib.suppress(OSError):                                         # the terminal's way to say: closed
+    with contextlib.suppress(OSError):  # the terminal's way to say: closed
         while part := os.read(terminal, 65536):
             shown += part
     output = process.communicate()[0]
@@ -945,12 +1057,12 @@ def test_weights_come_from_the_hub_once_and_a_cut_download_goes_on(hub, tmp_path
     assert f"error: cannot load {name}" in shown and "if you try again" in shown.strip().splitlines()[-1]
     hub.cut = False
     embedding, shown = load(name, hub, tmp_path)
-    assert "open_clip_model.safetensors: " in shown and "100%" in shown        # the progress bar
+    assert "open_clip_model.safetensors: " in shown and "100%" in shown  # the progress bar
     model.load_state_dict(weights)
     with torch.no_grad():
         expected = model.eval().encode_text(open_clip.get_tokenizer("ViT-B-32")(["a dog"]))
     close(embedding, nn.functional.normalize(expected)[0], 1e-5)
-    hub.server_close()                                                         # without a network, from the cache
+    hub.server_close()  # without a network, from the cache
     hub.shutdown()
     assert load(name, hub, tmp_path)[0] == embedding
 
@@ -973,6 +1085,7 @@ def error(tmp_path):
         message = str(caught.value)
         assert message.startswith("error: ") and "\n" not in message and not (tmp_path / "run").exists()
         return message
+
     return message_of
 
 
@@ -980,6 +1093,7 @@ def error(tmp_path):
 def test_error_when_weights_cannot_be_downloaded(model, error, monkeypatch):
     def unreachable(*args, **kwargs):
         raise OSError("cannot reach the hub\n(a second line)")
+
     for name in "download_pretrained", "download_pretrained_from_hf":
         monkeypatch.setattr(open_clip.factory, name, unreachable)
     message = error("--model", model)
@@ -1002,16 +1116,26 @@ def test_error_for_a_folder_without_a_model(error, tmp_path):
 def test_error_for_a_reward_that_makes_no_sense(error):
     for alpha in -0.1, 1.5:
         assert "[0, 1]" in error("--alpha", alpha)
-    assert "alpha 0" in error("a humanoid robot")                               # the goal is the baseline
+    assert "alpha 0" in error("a humanoid robot")  # the goal is the baseline
     for prompts in [""], ["  "], [KNEELING, "--baseline", ""]:
         assert "write a sentence" in error(*prompts)
     assert "tokens" in error("a humanoid robot " + "kneeling down very slowly " * 50)
 
 
-@pytest.mark.parametrize("arguments, names", [
-    ("--device nowhere", "nowhere"), ("--distance nan", "camera"), ("--gamma 2", "gamma"), ("--seed -1", "seed"),
-    ("--hidden 0", "hidden"), ("--learning-rate inf", "learning_rate"), ("--envs 0", "--envs"),
-    ("--episodes 0", "--episodes"), ("--resume absent", "absent")])
+@pytest.mark.parametrize(
+    "arguments, names",
+    [
+        ("--device nowhere", "nowhere"),
+        ("--distance nan", "camera"),
+        ("--gamma 2", "gamma"),
+        ("--seed -1", "seed"),
+        ("--hidden 0", "hidden"),
+        ("--learning-rate inf", "learning_rate"),
+        ("--envs 0", "--envs"),
+        ("--episodes 0", "--episodes"),
+        ("--resume absent", "absent"),
+    ],
+)
 def test_error_for_settings_that_make_no_sense(arguments, names, error):
     assert names in error(*arguments.split())
 
@@ -1027,9 +1151,17 @@ def test_commands_are_not_taken_for_prompts_nor_flags_for_commands(capsys):
         assert caught.value.code == 2 and "usage" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("frames", [
-    np.zeros((2, 8, 8, 3)), np.full((2, 8, 8, 3), np.nan), torch.zeros(2, 8, 8, 3), [[0, 1], [2, 3]], None,
-    *(np.zeros(shape, np.uint8) for shape in [(8, 8, 3), (2, 8, 8, 1), (2, 8, 8, 4), (0, 8, 8, 3), (2, 0, 8, 3)])])
+@pytest.mark.parametrize(
+    "frames",
+    [
+        np.zeros((2, 8, 8, 3)),
+        np.full((2, 8, 8, 3), np.nan),
+        torch.zeros(2, 8, 8, 3),
+        [[0, 1], [2, 3]],
+        None,
+        *(np.zeros(shape, np.uint8) for shape in [(8, 8, 3), (2, 8, 8, 1), (2, 8, 8, 4), (0, 8, 8, 3), (2, 0, 8, 3)]),
+    ],
+)
 def test_frames_of_another_kind_are_refused(frames, clip):
     with pytest.raises(ValueError, match=r"frames are .* have to be .* uint8 \(B, H, W, 3\)"):
         clip.embed_images(frames)
@@ -1041,8 +1173,9 @@ def test_prompts_that_cannot_be_read_are_refused(prompts, clip):
         clip.embed_text(prompts)
 
 
-@pytest.mark.parametrize("prompt", [
-    "ein kniender Roboter", "跪着的人形机器人", "إنسان آلي راكع", "🤖🧎", "kneeling!\nNow\t."])
+@pytest.mark.parametrize(
+    "prompt", ["ein kniender Roboter", "跪着的人形机器人", "إنسان آلي راكع", "🤖🧎", "kneeling!\nNow\t."]
+)
 def test_prompts_in_any_script_are_read(prompt, clip):
     close(clip.embed_text(prompt).norm(), 1, 1e-5)
 
@@ -1061,16 +1194,22 @@ def test_towers_of_different_width_and_a_model_of_nans_are_refused_at_once(clip,
 # raise ValueError.
 anything = hypothesis.settings(max_examples=400, deadline=None, derandomize=True)
 number = st.floats(width=32) | st.floats(-10, 10, width=32)
-vector = npst.arrays(st.sampled_from([np.float32, np.float64, np.int64]), npst.array_shapes(max_dims=3, max_side=4),
-                     elements=st.integers(-9, 9))
+vector = npst.arrays(
+    st.sampled_from([np.float32, np.float64, np.int64]),
+    npst.array_shapes(max_dims=3, max_side=4),
+    elements=st.integers(-9, 9),
+)
 
 
 @anything
-@hypothesis.given(st.data(), st.integers(1, 4), st.integers(1, 6),
-                  st.floats(-0.5, 1.5) | st.sampled_from([0, 1, "0.5", np.nan]))
+@hypothesis.given(
+    st.data(), st.integers(1, 4), st.integers(1, 6), st.floats(-0.5, 1.5) | st.sampled_from([0, 1, "0.5", np.nan])
+)
 def test_rewards_are_at_most_1_whatever_the_embeddings(data, count, width, alpha):
-    state, goal, baseline = (torch.tensor(data.draw(npst.arrays(np.float32, shape, elements=number))) for shape in (
-        (count, width), width, width))
+    state, goal, baseline = (
+        torch.tensor(data.draw(npst.arrays(np.float32, shape, elements=number)))
+        for shape in ((count, width), width, width)
+    )
     try:
         reward = vlmrm.goal_baseline_reward(state, goal, baseline, alpha)
     except ValueError as error:
@@ -1084,8 +1223,12 @@ def test_rewards_are_at_most_1_whatever_the_embeddings(data, count, width, alpha
 @hypothesis.given(vector, vector, vector)
 def test_rewards_refuse_embeddings_of_other_kinds(state, goal, baseline):
     state, goal, baseline = map(torch.from_numpy, map(np.asarray, (state, goal, baseline)))
-    fits = state.ndim == 2 and goal.shape == baseline.shape == state.shape[1:] and (
-        state.dtype == goal.dtype == baseline.dtype) and state.is_floating_point()
+    fits = (
+        state.ndim == 2
+        and goal.shape == baseline.shape == state.shape[1:]
+        and (state.dtype == goal.dtype == baseline.dtype)
+        and state.is_floating_point()
+    )
     try:
         reward = vlmrm.goal_baseline_reward(state, goal, baseline, 0.5)
     except ValueError as error:
@@ -1123,6 +1266,7 @@ def test_auc_is_a_chance(reward, goal):
 def test_error_without_opengl(error, monkeypatch):
     def refuse(*args, **kwargs):
         raise RuntimeError("no display\n(a second line)")
+
     monkeypatch.setattr(mujoco, "Renderer", refuse)
     message = error()
     assert "libegl1" in message and "MUJOCO_GL" in message
@@ -1131,7 +1275,7 @@ def test_error_without_opengl(error, monkeypatch):
 def test_a_run_is_not_replaced_unasked_nor_by_a_command_that_is_wrong(error, tmp_path):
     (tmp_path / "policy.pt").write_text("hours of work")
     for overwrite in [], ["--overwrite"]:
-        assert "holds other files" in error("--out", tmp_path, *overwrite)      # no run of ours: not even then
+        assert "holds other files" in error("--out", tmp_path, *overwrite)  # no run of ours: not even then
     for name in "config.json", "metrics.csv":
         (tmp_path / name).write_text("")
     assert "by --overwrite" in error("--out", tmp_path)
@@ -1139,7 +1283,7 @@ def test_a_run_is_not_replaced_unasked_nor_by_a_command_that_is_wrong(error, tmp
     assert (tmp_path / "policy.pt").read_text() == "hours of work"
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(MUJOCO_GL="absent")])        # where importing MuJoCo fails
+@pytest.mark.parametrize("settings", [dict(), dict(MUJOCO_GL="absent")])  # where importing MuJoCo fails
 def test_user_sees_one_line_and_no_traceback(settings, tmp_path):
     command = [sys.executable, ROOT / "vlmrm.py", "train", "--alpha", "2", "--out", tmp_path / "run"]
     process = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
@@ -1167,6 +1311,7 @@ def reference_epic(one, other, gamma):
             inner = [gamma * reward[s2, A, S2] - reward[s, A, S2] - gamma * reward[S, A, S2] for S, A, S2 in triples]
             values.append(reward[s, a, s2] + sum(inner) / len(inner))
         return values
+
     rho = np.corrcoef(shaped(one), shaped(other))[0, 1]
     return np.sqrt(1 - rho) / np.sqrt(2)
 
@@ -1180,7 +1325,7 @@ def test_epic_distance_is_definition_2_by_enumeration(gamma):
 def test_epic_distance_ignores_scale_shift_and_shaping_and_is_1_for_the_opposite():
     reward, rng = tabular()
     potential, gamma = 3 * rng.standard_normal(len(reward)), 0.9
-    shaping = gamma * potential - potential[:, None, None]                     # gamma phi(s') - phi(s)
+    shaping = gamma * potential - potential[:, None, None]  # gamma phi(s') - phi(s)
     close(vlmrm.epic_distance(reward, 4 * reward + 7 + shaping, gamma), 0, 1e-9)
     close(vlmrm.epic_distance(reward, -0.5 * reward + shaping, gamma), 1, 1e-9)
     assert vlmrm.epic_distance(reward, reward + 0.1 * rng.standard_normal(reward.shape), gamma) > 0.01
@@ -1196,9 +1341,16 @@ def test_lemma_1_rewards_of_the_next_state_alone_need_no_shaping():
     close([vlmrm.epic_distance(goal, goal), vlmrm.epic_distance(goal, -3.0 * goal)], [0, 1], 1e-9)
 
 
-@pytest.mark.parametrize("one, other", [
-    (np.ones(5), np.arange(5.)), (np.arange(5.), [0, 1, np.nan, 0, 1]), (np.arange(5.), np.arange(6.)),
-    (np.eye(3), np.eye(3)), (np.zeros((2, 2, 2)), np.ones((2, 2, 2)))])
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        (np.ones(5), np.arange(5.0)),
+        (np.arange(5.0), [0, 1, np.nan, 0, 1]),
+        (np.arange(5.0), np.arange(6.0)),
+        (np.eye(3), np.eye(3)),
+        (np.zeros((2, 2, 2)), np.ones((2, 2, 2))),
+    ],
+)
 def test_epic_distance_refuses_what_has_no_correlation(one, other):
     with pytest.raises(ValueError):
         vlmrm.epic_distance(one, other)
@@ -1219,7 +1371,7 @@ def test_a_path_of_poses_begins_and_ends_as_asked_and_never_leaves_the_floor():
     close(path[[0, -1], 3:], [start[3:], goal[3:]], 1e-9)
     for data.qpos[:] in path:
         close(vlmrm.lowest_point(SCENE.model, data), 0, 1e-9)
-    negated = np.concatenate([start[:3], -start[3:7], start[7:]])              # the same orientation
+    negated = np.concatenate([start[:3], -start[3:7], start[7:]])  # the same orientation
     close(np.abs(vlmrm.pose_path(SCENE.model, negated, start, 3)[1, 3:7]), np.abs(start[3:7]), 1e-9)
 
 
@@ -1251,24 +1403,47 @@ def evaluation(tmp_path_factory, evaluation_states):
     """`evaluate` on a part of the states, with the embedded model and a random one of another architecture."""
     folder = tmp_path_factory.mktemp("evaluation")
     states, origin = evaluation_states
-    part = np.sort(np.concatenate([np.arange(0, len(states), 12), *(
-        np.flatnonzero(origin == f"scripted {task}")[:10] for task in vlmrm.TASKS)]))
+    part = np.sort(
+        np.concatenate(
+            [
+                np.arange(0, len(states), 12),
+                *(np.flatnonzero(origin == f"scripted {task}")[:10] for task in vlmrm.TASKS),
+            ]
+        )
+    )
     np.savez(folder / "states.npz", states=states[part], origin=origin[part])
     (folder / "random").mkdir()
     random = save_random("padding", folder / "random")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vlmrm, "EVALUATION_STATES", folder / "states.npz")
-        vlmrm.main(["evaluate", "--task", "splits", "kneeling", "--alpha", "0", "1", "--out", str(folder / "out"),
-                    "--model", vlmrm.EMBEDDED_CLIP, random])
+        vlmrm.main(
+            [
+                "evaluate",
+                "--task",
+                "splits",
+                "kneeling",
+                "--alpha",
+                "0",
+                "1",
+                "--out",
+                str(folder / "out"),
+                "--model",
+                vlmrm.EMBEDDED_CLIP,
+                random,
+            ]
+        )
     with open(folder / "out/table.csv") as file:
         return folder / "out", list(csv.DictReader(file))
 
 
 def test_evaluate_tells_the_embedded_model_from_a_random_one(evaluation):
     _, table = evaluation
-    assert len(table) == 2 * 3 * 2 * 2                                         # models, scenes, tasks, alphas
-    ours = {(row["model"], row["task"]): row for row in table
-            if row["scene"] == "textures and camera" and row["alpha"] == "0"}
+    assert len(table) == 2 * 3 * 2 * 2  # models, scenes, tasks, alphas
+    ours = {
+        (row["model"], row["task"]): row
+        for row in table
+        if row["scene"] == "textures and camera" and row["alpha"] == "0"
+    }
     for task in ("splits", "kneeling"):
         tiny, random = ours["tinyclip", task], ours["random", task]
         assert float(tiny["epic"]) < 0.5 < float(random["epic"]) and float(tiny["auc"]) > 0.95
@@ -1278,8 +1453,9 @@ def test_evaluate_tells_the_embedded_model_from_a_random_one(evaluation):
 def test_evaluate_leaves_figures_that_are_not_blank(evaluation):
     out, _ = evaluation
     names = ["epic_alpha.png", "epic_size.png", "epic_scene.png"]
-    names += [f"{model}/{figure}.png" for model in ("tinyclip", "random")
-              for figure in ("paths", "histograms", "frames")]
+    names += [
+        f"{model}/{figure}.png" for model in ("tinyclip", "random") for figure in ("paths", "histograms", "frames")
+    ]
     for name in names:
         assert np.asarray(Image.open(out / name).convert("L")).std() > 10, name
 
@@ -1315,10 +1491,18 @@ def test_notebooks_setup_cell_fetches_the_repository_into_a_bare_folder(tmp_path
     for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):
         subprocess.run(git + command, check=True)
     setup = next(cell.source for cell in nbformat.read(ROOT / "notebook.ipynb", 4).cells if cell.cell_type == "code")
-    instead = dict(GIT_CONFIG_COUNT="1", GIT_CONFIG_KEY_0=f"url.file://{origin}.insteadOf",
-                   GIT_CONFIG_VALUE_0="https://github.com/vlmrm/vlmrm", PIP_NO_INDEX="1")
-    subprocess.run([sys.executable, "-c", setup + "\nassert os.path.exists('vlmrm.py')"], cwd=bare, check=True,
-                   env=os.environ | instead)
+    instead = dict(
+        GIT_CONFIG_COUNT="1",
+        GIT_CONFIG_KEY_0=f"url.file://{origin}.insteadOf",
+        GIT_CONFIG_VALUE_0="https://github.com/vlmrm/vlmrm",
+        PIP_NO_INDEX="1",
+    )
+    subprocess.run(
+        [sys.executable, "-c", setup + "\nassert os.path.exists('vlmrm.py')"],
+        cwd=bare,
+        check=True,
+        env=os.environ | instead,
+    )
     assert (bare / "vlmrm/vlmrm.py").is_file()
 
 
@@ -1343,13 +1527,23 @@ def test_captions_are_true_of_their_own_frame_and_the_bare_baseline_of_all(make)
     assert bare.any() and true[:, bare].all() and {sentences[i] for i in np.flatnonzero(bare)} <= set(make.SUBJECTS)
 
 
-@pytest.mark.parametrize("pose, names", [
-    (STAND | RAISED, "stand raised upright"), (STAND | CROSSED, "stand crossed upright"),
-    (SPLITS, "splits any upright"), (ONE_LEG | ON_HIPS, "one_leg hips upright"), (KNEEL | DOWN, "kneel down upright"),
-    (SQUAT, "squat any any"),
-    (ON_HEELS | ONE_RAISED, "heels one_raised upright"), (ONE_KNEE | ASIDE, "one_knee sides upright"),
-    (LOTUS | FORWARD, "lotus forward upright"), (ALL_FOURS, "fours any lying"), (STRADDLE, "straddle any upright"),
-    (STAND | IN_THE_AIR, "air any upright")])
+@pytest.mark.parametrize(
+    "pose, names",
+    [
+        (STAND | RAISED, "stand raised upright"),
+        (STAND | CROSSED, "stand crossed upright"),
+        (SPLITS, "splits any upright"),
+        (ONE_LEG | ON_HIPS, "one_leg hips upright"),
+        (KNEEL | DOWN, "kneel down upright"),
+        (SQUAT, "squat any any"),
+        (ON_HEELS | ONE_RAISED, "heels one_raised upright"),
+        (ONE_KNEE | ASIDE, "one_knee sides upright"),
+        (LOTUS | FORWARD, "lotus forward upright"),
+        (ALL_FOURS, "fours any lying"),
+        (STRADDLE, "straddle any upright"),
+        (STAND | IN_THE_AIR, "air any upright"),
+    ],
+)
 def test_captioner_names_poses_placed_by_hand(make, pose, names):
     labels = make.label(place(**pose).qpos[None].copy())[0]
     for expected, known, label in zip(names.split(), (make.LEGS, make.ARMS, make.TRUNK), labels):
@@ -1359,19 +1553,24 @@ def test_captioner_names_poses_placed_by_hand(make, pose, names):
 def test_held_out_combinations_are_in_no_training_frame_and_in_no_caption(make):
     states = make.make_states(5, 3000, 20, 2)
     pose = vlmrm.measure_states(SCENE.model, states)
-    high = (pose.hands[..., 2] > pose.head[:, None, 2] + 0.09).all(1)          # by the simulator, not by the captioner
+    high = (pose.hands[..., 2] > pose.head[:, None, 2] + 0.09).all(1)  # by the simulator, not by the captioner
     kept = ~make.held_out(pose)
     for condition in (vlmrm.kneeling, vlmrm.lotus, vlmrm.splits):
         assert not (vlmrm.holds(condition, pose) & high & kept).any()
     assert (vlmrm.holds(vlmrm.standing, pose) & high & kept).any() and (vlmrm.holds(vlmrm.kneeling, pose) & kept).any()
     labels, rng = make.label(states[kept]), np.random.default_rng(0)
-    said = set()                                                               # pairs of a legs and an arms phrase
+    said = set()  # pairs of a legs and an arms phrase
     for _ in range(20):
         said |= {(legs, arms) for legs, arms, _ in make.write_captions(labels, rng)[1] if legs and arms}
     phrases, words = make.TABLES[0][0], make.TABLES[1][0]
     said = {(phrases[legs], words[arms]) for legs, arms in said}
-    for legs, arms in (("kneeling", "with both arms raised"), ("meditating", "arms up"),
-                       ("kneeling", "with hands on hips"), ("doing the side splits", "with both arms raised"),
-                       ("squatting", "with its arms crossed"), ("sitting on the floor", "with its arms crossed")):
+    for legs, arms in (
+        ("kneeling", "with both arms raised"),
+        ("meditating", "arms up"),
+        ("kneeling", "with hands on hips"),
+        ("doing the side splits", "with both arms raised"),
+        ("squatting", "with its arms crossed"),
+        ("sitting on the floor", "with its arms crossed"),
+    ):
         assert legs in phrases and arms in words and (legs, arms) not in said
     assert ("standing", "with both arms raised") in said and ("kneeling", "with its arms down") in said

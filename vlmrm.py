@@ -21,6 +21,7 @@ the picture psi(s) of the state s. sac.py learns from it. Here is all about the 
 The method is that of Rocamonde et al., "Vision-Language Models are Zero-Shot Reward Models for Reinforcement Learning",
 ICLR 2024, arXiv:2310.12921. Numbers of equations, tables and sections are that paper's.
 """
+
 import argparse
 import csv
 import difflib
@@ -53,6 +54,7 @@ import numpy as np
 from gymnasium.envs.mujoco.humanoid_v5 import HumanoidEnv
 from matplotlib.figure import Figure  # not pyplot, which would look for a display
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 import sac
@@ -61,18 +63,18 @@ import sac
 # 1. The reward. Pure functions of embeddings, torch alone. `state` is the embedding of the state's picture.
 
 
-def check_embeddings(state, *sentences):
+def check_embeddings(state: Tensor, *sentences: Tensor):
     """Raises ValueError unless they are (B, D) and (D,) each, floats of one type, and have a direction."""
     every = state, *sentences
     kinds = ", ".join(f"{getattr(x, 'dtype', type(x).__name__)} {tuple(getattr(x, 'shape', ()))}" for x in every)
-    if not all(isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype == state.dtype for x in every) \
-            or state.ndim != 2 or any(x.shape != state.shape[1:] for x in sentences):
+    alike = all(isinstance(x, Tensor) and x.is_floating_point() and x.dtype == state.dtype for x in every)
+    if not alike or state.ndim != 2 or any(x.shape != state.shape[1:] for x in sentences):
         raise ValueError(f"embeddings are {kinds}; they have to be float tensors of one type, (B, D) and (D,)")
     if not all(((norm := x.norm(dim=-1)).isfinite() & (norm > 1e-12)).all() for x in every):
         raise ValueError(f"embeddings ({kinds}) are NaN, infinite or zero: fp16 may have overflowed, try fp32")
 
 
-def clip_reward(state, goal):
+def clip_reward(state: Tensor, goal: Tensor) -> Tensor:
     """Equation (2): the cosine between an image's embedding and the task description's.
 
     state (B, D), goal (D,), of any norm -> (B,) in [-1, 1]. Raises ValueError for other shapes, types, or NaN.
@@ -81,7 +83,7 @@ def clip_reward(state, goal):
     return F.normalize(state, dim=-1) @ F.normalize(goal, dim=-1)
 
 
-def goal_baseline_reward(state, goal, baseline, alpha):
+def goal_baseline_reward(state: Tensor, goal: Tensor, baseline: Tensor, alpha: float) -> Tensor:
     """Equation (3), Definition 1: the goal-baseline regularized CLIP reward.
 
     An image's embedding says much that has nothing to do with the task (floor, sky, style). What the task changes is
@@ -109,26 +111,29 @@ def goal_baseline_reward(state, goal, baseline, alpha):
 # 2. CLIP: two networks, one for pictures and one for sentences, trained together on captioned pictures until a picture
 # and its caption lie close in one space. Here they are frozen: nothing below trains them.
 
-EMBEDDED_CLIP = "local-dir:" + str(Path(__file__).parent / "tinyclip")
+EMBEDDED_CLIP = "tinyclip"
 
 
 class CLIP:
     """Any open_clip model, with its own image preprocessing and its own tokenizer.
 
     model: "NAME/TAG" from open_clip.list_pretrained(), such as "ViT-B-32/laion2b_s34b_b79k" (downloaded once, cached),
-    "hf-hub:REPO", or "local-dir:PATH", a folder with open_clip_config.json and weights. precision: fp32, or, to halve
-    the memory of a big model, fp16 or bf16. Raises ValueError if there is no such model or no way to get it.
+    "hf-hub:REPO", "local-dir:PATH", a folder with open_clip_config.json and weights, or "tinyclip", the one beside this
+    file. precision: fp32, or, to halve the memory of a big model, fp16 or bf16. Raises ValueError if there is no such
+    model or no way to get it.
     """
 
     def __init__(self, model: str = EMBEDDED_CLIP, device: str = "cpu", precision: str = "fp32"):
         name, tag = model, None
-        if model.startswith("local-dir:"):
-            folder = Path(model.removeprefix("local-dir:"))
+        if model == EMBEDDED_CLIP:
+            name = f"local-dir:{Path(__file__).parent / EMBEDDED_CLIP}"
+        if name.startswith("local-dir:"):
+            folder = Path(name.removeprefix("local-dir:"))
             if not (folder / "open_clip_config.json").is_file():
                 raise ValueError(f"no open_clip model in {folder}: it holds no open_clip_config.json")
             if not any(file.suffix in (".safetensors", ".bin", ".pth") for file in folder.iterdir()):
                 raise ValueError(f"no weights in {folder}: they should be a .safetensors, .bin or .pth file in it")
-        elif not model.startswith("hf-hub:"):
+        elif not name.startswith("hf-hub:"):
             name, _, tag = model.partition("/")
             known = [f"{n}/{t}" for n, t in open_clip.list_pretrained()]
             if model not in known:
@@ -138,9 +143,9 @@ class CLIP:
             self.model = open_clip.create_model(name, tag, precision=precision, device=device, require_pretrained=True)
             self.tokenizer = open_clip.get_tokenizer(name)
         except Exception as error:  # a hub has many ways to be out of reach, each with an exception of its own
-            raise ValueError(f"cannot load {model} on {device} ({' '.join(str(error).split())[:160]}). A download that "
-                             "was cut off goes on if you try again. Without network, use local-dir:PATH, or leave "
-                             "--model out for the embedded model") from error
+            message = f"cannot load {model} on {device} ({' '.join(str(error).split())[:160]})"
+            advice = "A download that was cut off goes on if you try again. Without network, use local-dir:PATH, or "
+            raise ValueError(f"{message}. {advice}leave --model out for the embedded model") from error
         self.model.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # faster convolutions
         self.device, self.name = device, model
         self.dtype = open_clip.get_input_dtype(precision) or torch.float32
@@ -150,7 +155,7 @@ class CLIP:
         self.resize_mode, self.interpolation = config["resize_mode"], config["interpolation"]
         self.mean, self.std = (torch.tensor(config[k], device=device).view(3, 1, 1) for k in ("mean", "std"))
 
-    def preprocess(self, frames) -> torch.Tensor:
+    def preprocess(self, frames: np.ndarray | Tensor) -> Tensor:
         """uint8 (B, H, W, 3) -> float (B, 3, h, w), as this model was trained to see them; one batch, on the device."""
         if isinstance(frames, np.ndarray):
             frames = np.ascontiguousarray(frames)  # some renderers flip frames by a negative stride
@@ -167,21 +172,21 @@ class CLIP:
         return ((x / 255 - self.mean) / self.std).to(self.dtype)
 
     @torch.inference_mode()
-    def embed_images(self, frames, batch_size: int = 128) -> torch.Tensor:
+    def embed_images(self, frames: np.ndarray | Tensor, batch_size: int = 128) -> Tensor:
         """uint8 frames (B, H, W, 3) -> unit vectors (B, D), fp32."""
         kind = f"{getattr(frames, 'dtype', type(frames).__name__)} {tuple(getattr(frames, 'shape', ()))}"
-        if not kind.removeprefix("torch.").startswith("uint8") or frames.ndim != 4 or frames.shape[-1] != 3 \
-                or 0 in frames.shape:
+        bytes_given = kind.removeprefix("torch.").startswith("uint8")
+        if not bytes_given or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
             raise ValueError(f"frames are {kind}; they have to be an array, uint8 (B, H, W, 3), and not empty")
-        batches = (frames[i:i + batch_size] for i in range(0, len(frames), batch_size))
+        batches = (frames[i : i + batch_size] for i in range(0, len(frames), batch_size))
         return F.normalize(torch.cat([self.model.encode_image(self.preprocess(x)) for x in batches]).float(), dim=-1)
 
     @torch.inference_mode()
-    def embed_text(self, prompts: str | list[str]) -> torch.Tensor:
+    def embed_text(self, prompts: str | list[str]) -> Tensor:
         """One sentence, or several whose unit vectors are averaged -> a unit vector (D,), fp32."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
-            raise ValueError(f"the prompt is {prompts}: write a sentence, such as \"a humanoid robot kneeling\"")
+            raise ValueError(f'the prompt is {prompts}: write a sentence, such as "a humanoid robot kneeling"')
         for prompt in prompts:  # what a longer context adds is only padding, unless this model's own cuts the prompt
             length = self.tokenizer([prompt]).shape[1]
             tail = self.tokenizer([prompt], context_length=4 * length)[0, length:]
@@ -197,12 +202,18 @@ class VLMReward:
     Called on uint8 frames (B, H, W, 3) it returns float32 rewards (B,). A prompt may be a list, to be averaged.
     """
 
-    def __init__(self, clip: CLIP, goal_prompt, baseline_prompt="a humanoid robot", alpha: float = 0.5):
+    def __init__(
+        self,
+        clip: CLIP,
+        goal_prompt: str | list[str],
+        baseline_prompt: str | list[str] = "a humanoid robot",
+        alpha: float = 0.5,
+    ):
         self.clip, self.alpha = clip, alpha
         self.goal, self.baseline = clip.embed_text(goal_prompt), clip.embed_text(baseline_prompt)  # once for all
         self(np.zeros((1, *clip.size, 3), np.uint8))  # a mistake fails now, not in an hour
 
-    def __call__(self, frames) -> np.ndarray:
+    def __call__(self, frames: np.ndarray | Tensor) -> np.ndarray:
         state = self.clip.embed_images(frames)  # (B, D)
         return goal_baseline_reward(state, self.goal, self.baseline, self.alpha).cpu().numpy()
 
@@ -219,7 +230,7 @@ class VLMRewardWrapper(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs)
         super().__init__(env)
         self.reward_fn = reward_fn
         if env.render_mode != "rgb_array":
-            raise ValueError(f"render_mode is {env.render_mode!r}; make the environment with render_mode=\"rgb_array\"")
+            raise ValueError(f'render_mode is {env.render_mode!r}; make the environment with render_mode="rgb_array"')
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
@@ -239,8 +250,8 @@ class VLMRewardVectorWrapper(gymnasium.vector.VectorWrapper):
         self.reward_fn, self.mode = reward_fn, env.metadata.get("autoreset_mode")
         self.ended = np.zeros(env.num_envs, bool)
         if env.render_mode != "rgb_array" or self.mode == gymnasium.vector.AutoresetMode.SAME_STEP:
-            raise ValueError(f"render_mode is {env.render_mode!r}, autoreset_mode {self.mode}; make the environments "
-                             "with render_mode=\"rgb_array\", and with autoreset_mode NEXT_STEP or DISABLED")
+            given = f"render_mode is {env.render_mode!r}, autoreset_mode {self.mode}"
+            raise ValueError(f'{given}; wanted are render_mode="rgb_array" and autoreset_mode NEXT_STEP or DISABLED')
 
     def reset(self, **settings):
         self.ended[:] = False
@@ -260,9 +271,9 @@ class VLMRewardVectorWrapper(gymnasium.vector.VectorWrapper):
 
 CAMERA = dict(distance=3.5, elevation=-10, azimuth=180, lookat=(0, 0, 1))  # m, degrees; the paper's
 ORIGINAL_CAMERA = dict(distance=4.0, elevation=-20, azimuth=90, lookat=(0, 0, 2))  # Gymnasium's, but it follows
-SHELL, JOINT, ACCENT = (.86, .88, .90, 1), (.20, .22, .26, 1), (.93, .45, .13, 1)  # rgba
-PAINT = {"torso1": SHELL, "head": SHELL, "uwaist": JOINT, "lwaist": JOINT, "butt": SHELL, "thigh1": JOINT,
-         "shin1": SHELL, "foot": ACCENT, "uarm1": JOINT, "larm": SHELL, "hand": ACCENT}
+SHELL, JOINT, ACCENT = (0.86, 0.88, 0.90, 1), (0.20, 0.22, 0.26, 1), (0.93, 0.45, 0.13, 1)  # rgba
+PAINT = dict.fromkeys(["torso1", "head", "butt", "shin1", "larm"], SHELL) | dict(foot=ACCENT, hand=ACCENT)
+PAINT |= dict.fromkeys(["uwaist", "lwaist", "thigh1", "uarm1"], JOINT)
 
 
 class Scene:
@@ -278,19 +289,19 @@ class Scene:
         if look == "realistic":
             for texture in spec.textures:
                 if texture.type == mujoco.mjtTexture.mjTEXTURE_SKYBOX:
-                    texture.rgb1, texture.rgb2 = (.75, .85, .95), (.30, .50, .75)
+                    texture.rgb1, texture.rgb2 = (0.75, 0.85, 0.95), (0.30, 0.50, 0.75)
                 elif texture.name == "texplane":
-                    texture.rgb1, texture.rgb2 = (.55, .52, .48), (.62, .59, .55)
-                    texture.mark, texture.markrgb = mujoco.mjtMark.mjMARK_EDGE, (.45, .42, .40)
+                    texture.rgb1, texture.rgb2 = (0.55, 0.52, 0.48), (0.62, 0.59, 0.55)
+                    texture.mark, texture.markrgb = mujoco.mjtMark.mjMARK_EDGE, (0.45, 0.42, 0.40)
             for geom in spec.geoms:
                 if geom.name != "floor":
                     geom.material, geom.rgba = "", PAINT[geom.name.removeprefix("left_").removeprefix("right_")]
-            floor.rgba, tiles.reflectance = (1, 1, 1, 1), .1
+            floor.rgba, tiles.reflectance = (1, 1, 1, 1), 0.1
             light = spec.lights[0]
-            light.dir, light.diffuse, light.ambient = (-.5, .3, -1), (.7, .7, .7), (.25, .25, .25)
+            light.dir, light.diffuse, light.ambient = (-0.5, 0.3, -1), (0.7, 0.7, 0.7), (0.25, 0.25, 0.25)
         if not effects:  # what costs time: many samples a pixel, round shapes of many facets, a floor of many tiles
             spec.visual.quality.offsamples, spec.visual.quality.numslices, spec.visual.quality.numstacks = 0, 8, 6
-            floor.size, tiles.texrepeat = (5, 5, .125), [repeat / 4 for repeat in tiles.texrepeat]
+            floor.size, tiles.texrepeat = (5, 5, 0.125), [repeat / 4 for repeat in tiles.texrepeat]
         spec.visual.global_.offheight, spec.visual.global_.offwidth = size
         self.model, self.size, self.effects, self.renderer = spec.compile(), size, effects, None
         self.camera = mujoco.MjvCamera()  # a free one: a tracking camera sinks with the robot, which hides its height
@@ -313,7 +324,7 @@ class Scene:
         return self.renderer.render()
 
 
-def render_states(scene: Scene, states) -> np.ndarray:
+def render_states(scene: Scene, states: np.ndarray) -> np.ndarray:
     """qpos (N, 24) -> frames, uint8 (N, height, width, 3)."""
     data, frames = mujoco.MjData(scene.model), np.empty((len(states), *scene.size, 3), np.uint8)
     for i, data.qpos[:] in enumerate(states):
@@ -350,16 +361,21 @@ def measure(model: mujoco.MjModel, data: mujoco.MjData) -> Pose:
     def points(kind, *names):  # bodies begin at their joints
         return (np.array([kind(name).xpos for name in names]) - origin) @ turn.T
 
-    return Pose(turn @ torso[:, 2], turn @ torso[:, 0], points(data.geom, "head")[0], points(data.body, "pelvis")[0],
-                shoulders=points(data.body, "left_upper_arm", "right_upper_arm"),
-                elbows=points(data.body, "left_lower_arm", "right_lower_arm"),
-                hands=points(data.geom, "left_hand", "right_hand"),
-                hips=points(data.body, "left_thigh", "right_thigh"),
-                knees=points(data.body, "left_shin", "right_shin"),
-                feet=points(data.geom, "left_foot", "right_foot"))
+    return Pose(
+        turn @ torso[:, 2],
+        turn @ torso[:, 0],
+        points(data.geom, "head")[0],
+        points(data.body, "pelvis")[0],
+        shoulders=points(data.body, "left_upper_arm", "right_upper_arm"),
+        elbows=points(data.body, "left_lower_arm", "right_lower_arm"),
+        hands=points(data.geom, "left_hand", "right_hand"),
+        hips=points(data.body, "left_thigh", "right_thigh"),
+        knees=points(data.body, "left_shin", "right_shin"),
+        feet=points(data.geom, "left_foot", "right_foot"),
+    )
 
 
-def measure_states(model: mujoco.MjModel, states) -> Pose:
+def measure_states(model: mujoco.MjModel, states: np.ndarray) -> Pose:
     """qpos (N, 24) -> a Pose of (N, ...) arrays."""
     data, poses = mujoco.MjData(model), []
     for data.qpos[:] in states:
@@ -384,86 +400,107 @@ X, Y, Z = 0, 1, 2  # standing, the pelvis is 0.87 m high, the head 1.48 m; radii
 SIDES = np.array([1, -1])  # turns leftward metres of a (left, right) pair into outward metres
 
 
-def upright(p):
+def upright(p: Pose) -> np.ndarray:
     return p.up[..., Z] > 0.7  # the torso leans less than 45 degrees
 
 
 # Each condition is a dict of named parts that all have to hold: what meets all but one is a near miss, which a good
 # reward has to tell from the goal.
+Condition = Callable[[Pose], dict]
 
 
-def holds(condition, p) -> np.ndarray:
+def holds(condition: Condition, p: Pose) -> np.ndarray:
     """Whether every part of the condition holds: bool, with the pose's leading dimensions."""
     return np.logical_and.reduce(list(condition(p).values()))
 
 
-def kneeling(p):
+def kneeling(p: Pose) -> dict:
     """Both knees on the floor, shins behind them, upright; not sunk to a seat, nor in the lotus."""
-    return {"upright": upright(p), "knees on the floor": (p.knees[..., Z] < 0.11).all(-1),
-            "shins behind": (p.knees[..., X] - p.feet[..., X] > 0.15).all(-1),
-            "knees near the middle": (np.abs(p.knees[..., Y]) < 0.30).all(-1),
-            "not seated": (p.pelvis[..., Z] > 0.22) & ~holds(lotus, p)}
+    return {
+        "upright": upright(p),
+        "knees on the floor": (p.knees[..., Z] < 0.11).all(-1),
+        "shins behind": (p.knees[..., X] - p.feet[..., X] > 0.15).all(-1),
+        "knees near the middle": (np.abs(p.knees[..., Y]) < 0.30).all(-1),
+        "not seated": (p.pelvis[..., Z] > 0.22) & ~holds(lotus, p),
+    }
 
 
-def lotus(p):
+def lotus(p: Pose) -> dict:
     """Seated as low as these legs allow, both knees on the floor and turned out, both feet inwards of the knees."""
     out = p.knees[..., Y] * SIDES  # (..., 2)
-    return {"seated upright": upright(p) & (p.pelvis[..., Z] < 0.32),
-            "knees on the floor": (p.knees[..., Z] < 0.16).all(-1) & (p.knees[..., X] > -0.05).all(-1),
-            "knees outwards": (out > 0.18).all(-1),
-            "feet inwards": (out - p.feet[..., Y] * SIDES > 0.05).all(-1) & (np.abs(p.feet[..., X]) < 0.30).all(-1)}
+    return {
+        "seated upright": upright(p) & (p.pelvis[..., Z] < 0.32),
+        "knees on the floor": (p.knees[..., Z] < 0.16).all(-1) & (p.knees[..., X] > -0.05).all(-1),
+        "knees outwards": (out > 0.18).all(-1),
+        "feet inwards": (out - p.feet[..., Y] * SIDES > 0.05).all(-1) & (np.abs(p.feet[..., X]) < 0.30).all(-1),
+    }
 
 
-def standing(p):
+def standing(p: Pose) -> dict:
     """On both feet, legs nearly straight, torso upright."""
-    return {"torso upright": p.up[..., Z] > 0.8, "at full height": p.pelvis[..., Z] > 0.80,
-            "both feet down": (p.feet[..., Z] < 0.13).all(-1)}
+    return {
+        "torso upright": p.up[..., Z] > 0.8,
+        "at full height": p.pelvis[..., Z] > 0.80,
+        "both feet down": (p.feet[..., Z] < 0.13).all(-1),
+    }
 
 
-def arms_raised(p):
+def arms_raised(p: Pose) -> dict:
     """Standing, both hands above the top of the head."""
-    return {"standing": holds(standing, p),
-            "hands above the head": (p.hands[..., Z] > p.head[..., Z, None] + 0.09).all(-1)}
+    return {
+        "standing": holds(standing, p),
+        "hands above the head": (p.hands[..., Z] > p.head[..., Z, None] + 0.09).all(-1),
+    }
 
 
-def splits(p):
+def splits(p: Pose) -> dict:
     """On the floor, both legs straight along it and each more than 45 degrees to its own side, torso upright."""
     leg, thigh, shin = p.feet - p.hips, p.knees - p.hips, p.feet - p.knees
     lengths = np.linalg.norm(thigh, axis=-1) * np.linalg.norm(shin, axis=-1)
-    return {"upright": upright(p), "on the floor": (p.pelvis[..., Z] < 0.22) & (p.feet[..., Z] < 0.25).all(-1),
-            "legs straight": ((thigh * shin).sum(-1) > 0.87 * lengths).all(-1),  # bent by less than 30 degrees
-            "legs to the sides": (leg[..., Y] * SIDES > np.abs(leg[..., X])).all(-1)}
+    return {
+        "upright": upright(p),
+        "on the floor": (p.pelvis[..., Z] < 0.22) & (p.feet[..., Z] < 0.25).all(-1),
+        "legs straight": ((thigh * shin).sum(-1) > 0.87 * lengths).all(-1),  # bent by less than 30 degrees
+        "legs to the sides": (leg[..., Y] * SIDES > np.abs(leg[..., X])).all(-1),
+    }
 
 
-def hands_on_hips(p):
+def hands_on_hips(p: Pose) -> dict:
     """Standing, each hand within 15 cm of its side of the pelvis and not hanging below it, elbows further out."""
     hip = p.pelvis[..., None, :] + np.array([[0, 0.2, 0], [0, -0.2, 0]])
-    return {"standing": holds(standing, p),
-            "hands on the hips": (np.linalg.norm(p.hands - hip, axis=-1) < 0.15).all(-1)
-            & (p.hands[..., Z] > p.pelvis[..., Z, None] - 0.08).all(-1)
-            & ((p.elbows - p.hands)[..., Y] * SIDES > 0).all(-1)}
+    return {
+        "standing": holds(standing, p),
+        "hands on the hips": (np.linalg.norm(p.hands - hip, axis=-1) < 0.15).all(-1)
+        & (p.hands[..., Z] > p.pelvis[..., Z, None] - 0.08).all(-1)
+        & ((p.elbows - p.hands)[..., Y] * SIDES > 0).all(-1),
+    }
 
 
-def one_leg(p):
+def one_leg(p: Pose) -> dict:
     """One foot alone on the floor, the other at least 15 cm above it, and otherwise standing."""
     low, high = p.feet[..., Z].min(-1), p.feet[..., Z].max(-1)
-    return {"upright at full height": (p.up[..., Z] > 0.8) & (p.pelvis[..., Z] > 0.80), "a foot down": low < 0.13,
-            "the other up": high - low > 0.15}
+    return {
+        "upright at full height": (p.up[..., Z] > 0.8) & (p.pelvis[..., Z] > 0.80),
+        "a foot down": low < 0.13,
+        "the other up": high - low > 0.15,
+    }
 
 
-def arms_crossed(p):
+def arms_crossed(p: Pose) -> dict:
     """Standing, forearms really crossed before the chest: each hand past the middle, and further than its elbow."""
-    return {"standing": holds(standing, p),
-            "forearms crossed": (p.hands[..., Y] * SIDES < -0.04).all(-1)
-            & ((p.elbows - p.hands)[..., Y] * SIDES > 0).all(-1),
-            "before the chest": (p.hands[..., X] > 0.05).all(-1)
-            & (p.hands[..., Z] < p.shoulders[..., Z] + 0.05).all(-1)
-            & (p.hands[..., Z] > p.pelvis[..., Z, None] + 0.1).all(-1)
-            & (np.abs(p.hands[..., 0, Z] - p.hands[..., 1, Z]) < 0.2)}
+    return {
+        "standing": holds(standing, p),
+        "forearms crossed": (p.hands[..., Y] * SIDES < -0.04).all(-1)
+        & ((p.elbows - p.hands)[..., Y] * SIDES > 0).all(-1),
+        "before the chest": (p.hands[..., X] > 0.05).all(-1)
+        & (p.hands[..., Z] < p.shoulders[..., Z] + 0.05).all(-1)
+        & (p.hands[..., Z] > p.pelvis[..., Z, None] + 0.1).all(-1)
+        & (np.abs(p.hands[..., 0, Z] - p.hands[..., 1, Z]) < 0.2),
+    }
 
 
 BASELINE_PROMPT = "a humanoid robot"  # for all eight tasks
-TASKS: dict[str, tuple[str, Callable[[Pose], dict]]] = {  # name: (goal prompt, success condition)
+TASKS: dict[str, tuple[str, Condition]] = {  # name: (goal prompt, success condition)
     "kneeling": ("a humanoid robot kneeling", kneeling),
     "lotus": ("a humanoid robot seated down, meditating in the lotus position", lotus),
     "standing": ("a humanoid robot standing up", standing),
@@ -478,7 +515,7 @@ TASKS: dict[str, tuple[str, Callable[[Pose], dict]]] = {  # name: (goal prompt, 
 class Humanoid(HumanoidEnv):
     """Gymnasium's Humanoid-v5 in a Scene. No posture ends an episode. info["success"] is the task's condition."""
 
-    def __init__(self, scene: Scene, condition: Callable | None = None):
+    def __init__(self, scene: Scene, condition: Condition | None = None):
         self.scene, self.condition = scene, condition
         super().__init__(terminate_when_unhealthy=False, render_mode="rgb_array")
 
@@ -496,14 +533,18 @@ class Humanoid(HumanoidEnv):
         return self.scene.render(self.data)
 
 
-def make_envs(scene: Scene, condition=None, count: int = 16, episode_steps: int = 100) -> gymnasium.vector.VectorEnv:
+def make_envs(
+    scene: Scene, condition: Condition | None = None, count: int = 16, episode_steps: int = 100
+) -> gymnasium.vector.VectorEnv:
     """`count` humanoids that share one scene. Episodes end by truncation after episode_steps; 100 are 1.5 seconds."""
+
     def make():
         return gymnasium.wrappers.TimeLimit(Humanoid(scene, condition), episode_steps)
+
     return gymnasium.vector.SyncVectorEnv([make] * count, autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED)
 
 
-def success_rates(success) -> tuple[float, float]:
+def success_rates(success: np.ndarray) -> tuple[float, float]:
     """Success at each step of some episodes, (episodes, steps) -> two shares of the episodes; NaN without a condition.
 
     The paper's rule: the condition holds in at least half of the steps. Beside it, the share of episodes in which it
@@ -531,7 +572,7 @@ def canonically_shaped(reward: np.ndarray, gamma: float) -> np.ndarray:
     return reward + gamma * mean - mean[:, None, None] - gamma * mean.mean()
 
 
-def epic_distance(reward_a, reward_b, gamma: float = 0.99) -> float:
+def epic_distance(reward_a: np.ndarray, reward_b: np.ndarray, gamma: float = 0.99) -> float:
     """Equation (4), Definition 2: 0 for rewards that differ by scale, shift and shaping alone, 1 for opposite ones.
 
     Both (S, A, S): any rewards R(s, a, s') of a finite problem. Both (N,): rewards of N states; then, by Lemma 1, since
@@ -559,15 +600,15 @@ def auc(reward: np.ndarray, goal: np.ndarray) -> float:
     NaN where one of the two kinds is missing. Raises ValueError for other shapes or types, and for NaN rewards.
     """
     if reward.ndim != 1 or reward.shape != goal.shape or goal.dtype != bool or np.isnan(reward).any():
-        raise ValueError(f"rewards are {reward.dtype} {reward.shape}, goals {goal.dtype} {goal.shape}; they have to be "
-                         "(N,) without NaN, and bool (N,)")
+        given = f"rewards are {reward.dtype} {reward.shape}, goals {goal.dtype} {goal.shape}"
+        raise ValueError(f"{given}; they have to be (N,) without NaN, and bool (N,)")
     if goal.all() or not goal.any():
         return float("nan")
     ours, others = reward[goal][:, None], reward[~goal]
     return float((ours > others).mean() + 0.5 * (ours == others).mean())
 
 
-def pose_path(model: mujoco.MjModel, start, goal, count: int = 25) -> np.ndarray:
+def pose_path(model: mujoco.MjModel, start: np.ndarray, goal: np.ndarray, count: int = 25) -> np.ndarray:
     """`count` states from one qpos (24,) to another, each joint in equal steps, the body always on the floor."""
     data, path = mujoco.MjData(model), []
     if start[3:7] @ goal[3:7] < 0:
@@ -579,7 +620,7 @@ def pose_path(model: mujoco.MjModel, start, goal, count: int = 25) -> np.ndarray
     return np.array(path)
 
 
-def embed_states(clip: CLIP, scene: Scene, states, bar) -> torch.Tensor:
+def embed_states(clip: CLIP, scene: Scene, states: np.ndarray, bar: tqdm) -> Tensor:
     """qpos (N, 24) -> embeddings of their pictures (N, D), a few hundred at a time to bound the memory."""
     parts = []
     for part in np.array_split(states, -(-len(states) // 256)):
@@ -589,8 +630,11 @@ def embed_states(clip: CLIP, scene: Scene, states, bar) -> torch.Tensor:
 
 
 OURS = "textures and camera"
-SCENES = {"original": ("original", ORIGINAL_CAMERA), "textures": ("realistic", ORIGINAL_CAMERA),
-          OURS: ("realistic", CAMERA)}  # look and camera, as in Fig. 3
+SCENES = {  # look and camera, as in Fig. 3
+    "original": ("original", ORIGINAL_CAMERA),
+    "textures": ("realistic", ORIGINAL_CAMERA),
+    OURS: ("realistic", CAMERA),
+}
 
 
 def short(model: str) -> str:
@@ -599,14 +643,14 @@ def short(model: str) -> str:
     return name.replace("/", "-").replace(":", "-")
 
 
-def write_csv(path: Path, columns, rows: list[dict]):
+def write_csv(path: Path, columns: list[str], rows: list[dict]):
     with sac.whole(path, "w") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows({k: v if isinstance(v, str) else f"{v:.8g}" for k, v in row.items()} for row in rows)
 
 
-def evaluate(args):
+def evaluate(args: argparse.Namespace):
     """Judges rewards on a fixed set of states; see `python vlmrm.py evaluate --help` for what it reads and leaves."""
     start, device = time.time(), args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     out, tasks = args.out or Path("runs/evaluate"), list(dict.fromkeys(args.task or TASKS))
@@ -624,8 +668,8 @@ def evaluate(args):
     goals = {task: p.all(0) for task, p in parts.items()}  # bool (N,)
     near = {task: p.sum(0) >= len(p) - 1 for task, p in parts.items()}  # the goal, and what misses one part of it
     example = {task: states[goals[task] & (origin == f"scripted {task}")][0] for task in TASKS}
-    paths = {task: pose_path(model, example["kneeling" if task == "standing" else "standing"], example[task])
-             for task in tasks}
+    begin = {task: example["kneeling" if task == "standing" else "standing"] for task in tasks}
+    paths = {task: pose_path(model, begin[task], example[task]) for task in tasks}
     rows = []
     with tqdm(total=len(models) * (len(SCENES) * len(states) + sum(map(len, paths.values()))), unit="frame") as bar:
         for name, model in models.items():
@@ -644,8 +688,9 @@ def evaluate(args):
                     for key, embeddings in seen.items():
                         r = goal_baseline_reward(embeddings, goal[task], baseline, alpha).cpu().numpy()
                         y, among, epic = goals[task], near[task], epic_distance(r, goals[task])
-                        rows.append(dict(model=name, parameters=size, scene=key, alpha=alpha, task=task, epic=epic,
-                                         pearson=1 - 2 * epic**2, auc=auc(r, y), auc_near=auc(r[among], y[among])))
+                        row = dict(model=name, parameters=size, scene=key, alpha=alpha, task=task, epic=epic)
+                        row |= dict(pearson=1 - 2 * epic**2, auc=auc(r, y), auc_near=auc(r[among], y[among]))
+                        rows.append(row)
                         if alpha == middle and key == OURS:
                             rewards[task] = r
             if name == next(iter(models)):  # there is a result: now an older one may go
@@ -657,14 +702,14 @@ def evaluate(args):
             plot_frames(out / name / "frames.png", f"{name}, alpha {middle:g}", rewards, goals, states)
             plot_epic(out, rows, middle)
     print("model                     parameters alpha  task            EPIC    AUC   near Pearson")
+    line = "{model:24.24} {parameters:11,} {alpha:5g}  {task:14} {epic:5.3f} {auc:6.4f} {auc_near:6.4f} {pearson:7.3f}"
     for row in rows:
         if row["scene"] == OURS:
-            print("{model:24.24} {parameters:11,} {alpha:5g}  {task:14} {epic:5.3f} {auc:6.4f} {auc_near:6.4f} "
-                  "{pearson:7.3f}".format(**row))
+            print(line.format(**row))
     print(f"{len(states):,} states, {time.time() - start:.0f} seconds. See the figures and table.csv in {out}/")
 
 
-def panels(count: int, caption: str, **labels):
+def panels(count: int, caption: str, **labels) -> tuple[Figure, np.ndarray]:
     """A captioned figure with `count` panels, up to four in a row."""
     across, down = min(count, 4), -(-count // 4)
     figure = Figure(figsize=(max(3.4 * across, 6.8), 3 * down + 0.9), layout="constrained")
@@ -677,10 +722,10 @@ def panels(count: int, caption: str, **labels):
     return figure, axes[:count]
 
 
-def plot_paths(file, name, paths, curves):
+def plot_paths(file: Path, name: str, paths: dict, curves: dict):
     """paths[task]: states (T, 24); curves[task, alpha]: their rewards (T,)."""
-    figure, axes = panels(len(paths), f"{name}: reward along a path of poses that ends in the goal; grey where it is "
-                          "reached. A good reward rises towards it", xlabel="share of the way", ylabel="reward")
+    caption = f"{name}: reward along a path of poses that ends in the goal; grey where it is reached. A good one rises"
+    figure, axes = panels(len(paths), caption, xlabel="share of the way", ylabel="reward")
     scene = Scene((96, 96))
     for axis, (task, states) in zip(axes, paths.items()):
         way, reached = np.linspace(0, 1, len(states)), holds(TASKS[task][1], measure_states(scene.model, states))
@@ -693,10 +738,10 @@ def plot_paths(file, name, paths, curves):
     figure.savefig(file, dpi=100)
 
 
-def plot_histograms(file, name, rewards, goals):
+def plot_histograms(file: Path, name: str, rewards: dict, goals: dict):
     """rewards[task], goals[task]: of all states, (N,)."""
-    figure, axes = panels(len(rewards), f"{name}: rewards of goal states and of all others. A good reward keeps them "
-                          "apart", xlabel="reward", ylabel="share of its kind")
+    caption = f"{name}: rewards of goal states and of all others. A good reward keeps them apart"
+    figure, axes = panels(len(rewards), caption, xlabel="reward", ylabel="share of its kind")
     for axis, (task, r) in zip(axes, rewards.items()):
         goal = goals[task]
         bins = np.linspace(r.min(), r.max(), 40)
@@ -707,15 +752,19 @@ def plot_histograms(file, name, rewards, goals):
     figure.savefig(file, dpi=100)
 
 
-def plot_frames(file, name, rewards, goals, states, each=6):
+def plot_frames(file: Path, name: str, rewards: dict, goals: dict, states: np.ndarray, each: int = 6):
     """What a reward really likes: the first thing to look at before training on it."""
     figure = Figure(figsize=(15, 1.05 * len(rewards) + 0.7), layout="constrained")
     scene = Scene((160, 160), effects=True)
     figure.suptitle(f"{name}: frames (their middle) by reward; green: the goal, by the simulator")
     for row, (task, r) in zip(figure.subplots(len(rewards), 4, squeeze=False), rewards.items()):
         goal, order = goals[task], r.argsort()[::-1]
-        kinds = {"highest of all": order[:each], "highest that are not the goal": order[~goal[order]][:each],
-                 "lowest that are the goal": order[goal[order]][-each:], "lowest of all": order[-each:]}
+        kinds = {
+            "highest of all": order[:each],
+            "highest that are not the goal": order[~goal[order]][:each],
+            "lowest that are the goal": order[goal[order]][-each:],
+            "lowest of all": order[-each:],
+        }
         row[0].set_ylabel(task)
         for axis, (kind, which) in zip(row, kinds.items()):
             tiles = render_states(scene, states[which])[:, 25:143, 21:139]
@@ -729,11 +778,11 @@ def plot_frames(file, name, rewards, goals, states, each=6):
     figure.savefig(file, dpi=100)
 
 
-def plot_epic(out, rows, middle):
+def plot_epic(out: Path, rows: list[dict], middle: float):
     """EPIC against alpha (Fig. 4a), against the number of parameters (Fig. 4b), and by scene (Fig. 3)."""
     tasks, models = (list(dict.fromkeys(row[key] for row in rows)) for key in ("task", "model"))
-    figure, axes = panels(len(tasks), "EPIC distance of the reward to the goal, by alpha: 0 is perfect, 0.71 unrelated",
-                          xlabel="alpha", ylabel="EPIC distance", ylim=(0, 1))
+    caption = "EPIC distance of the reward to the goal, by alpha: 0 is perfect, 0.71 unrelated"
+    figure, axes = panels(len(tasks), caption, xlabel="alpha", ylabel="EPIC distance", ylim=(0, 1))
     for axis, task in zip(axes, tasks):
         axis.axhline(0.5**0.5, color="0.7", ls=":")
         axis.set_title(task)
@@ -745,6 +794,7 @@ def plot_epic(out, rows, middle):
 
     def mean(**wanted):  # over the tasks
         return np.mean([row["epic"] for row in rows if wanted.items() <= row.items()])
+
     sizes = [next(row["parameters"] for row in rows if row["model"] == model) for model in models]
     epics = [mean(model=model, scene=OURS, alpha=middle) for model in models]
     caption = f"Mean EPIC distance over {len(tasks)} tasks, alpha {middle:g}, by model size"
@@ -756,11 +806,12 @@ def plot_epic(out, rows, middle):
     figure.legend(loc="outside right center", fontsize="x-small")
     figure.savefig(out / "epic_size.png", dpi=100)
 
-    figure, (axis,) = panels(1, f"Mean EPIC distance over {len(tasks)} tasks, alpha {middle:g}, by what CLIP is shown",
-                             ylabel="EPIC distance", ylim=(0, 1))
+    caption = f"Mean EPIC distance over {len(tasks)} tasks, alpha {middle:g}, by what CLIP is shown"
+    figure, (axis,) = panels(1, caption, ylabel="EPIC distance", ylim=(0, 1))
+    width = 0.8 / len(models)
     for i, model in enumerate(models):
-        axis.bar(np.arange(len(SCENES)) + (i + 0.5) * 0.8 / len(models) - 0.4,
-                 [mean(model=model, scene=scene, alpha=middle) for scene in SCENES], 0.8 / len(models), label=model)
+        epics = [mean(model=model, scene=scene, alpha=middle) for scene in SCENES]
+        axis.bar(np.arange(len(SCENES)) + (i + 0.5) * width - 0.4, epics, width, label=model)
     axis.set_xticks(range(len(SCENES)), SCENES)
     figure.legend(loc="outside right center", fontsize="x-small")
     figure.savefig(out / "epic_scene.png", dpi=100)
@@ -770,25 +821,27 @@ def plot_epic(out, rows, middle):
 # 6. The command line
 
 
-def plot_curve(rows: list[dict], prompt: str, path):
+def plot_curve(rows: list[dict], prompt: str, path: Path):
     """CLIP reward beside the independent success rate: where only the first rises, the policy hacks the reward."""
     judged = [row for row in rows if "eval_reward" in row]
     figure, (left,) = panels(1, f'"{prompt}"', xlabel="environment steps", ylabel="mean CLIP reward of a step")
     right = left.twinx()
     right.set(ylabel="success rate, judged from the simulator", ylim=(-0.02, 1.02))
-    for axis, key, style, label in ((left, "reward", "C0-", "CLIP reward while exploring"),
-                                    (left, "eval_reward", "C0o-", "CLIP reward of the deterministic policy"),
-                                    (right, "eval_success", "C1o-", "success (half of the steps)"),
-                                    (right, "eval_success_held", "C1:", "success (held through the last 20)")):
-        some = rows if key == "reward" else judged
-        axis.plot([row["steps"] for row in some], [row[key] for row in some], style, ms=3, label=label,
-                  alpha=0.3 if key == "reward" else 1)
+    for axis, key, style, some, label in (
+        (left, "reward", "#b3d1e7", rows, "CLIP reward while exploring"),
+        (left, "eval_reward", "C0o-", judged, "CLIP reward of the deterministic policy"),
+        (right, "eval_success", "C1o-", judged, "success (half of the steps)"),
+        (right, "eval_success_held", "C1:", judged, "success (held through the last 20)"),
+    ):
+        axis.plot([row["steps"] for row in some], [row[key] for row in some], style, ms=3, label=label)
     figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     with sac.whole(path) as file:
         figure.savefig(file, dpi=120)
 
 
-def record_video(act, camera: dict, look: str, path, steps: int = 100, episodes: int = 3, seed: int = 3 * 10**9):
+def record_video(
+    act: Callable, camera: dict, look: str, path: Path, steps: int = 100, episodes: int = 3, seed: int = 3 * 10**9
+):
     """A GIF of whole episodes at half of real speed: left from CLIP's camera, right from the robot's side."""
     side = camera | dict(azimuth=camera["azimuth"] - 65)
     views = [Scene((240, 240), look, view, effects=True) for view in (camera, side)]
@@ -813,19 +866,17 @@ def check_free(out: Path, overwrite: bool, *marks: str):
     """Raises ValueError unless the folder is new or empty, or may be overwritten and holds all the files `marks`."""
     ours = all((out / mark).exists() for mark in marks)
     if out.is_file() or out.is_dir() and any(out.iterdir()) and not (overwrite and ours):
-        raise ValueError(f"{out} already holds " + (
-            f"{', '.join(marks)}: replace it by --overwrite (an interrupted training goes on by --resume), or name"
-            if ours else "other files: name") + " another folder by --out")
+        advice = "replace it by --overwrite (an interrupted training goes on by --resume), or " if ours else ""
+        kind = ", ".join(marks) if ours else "other files"
+        raise ValueError(f"{out} already holds {kind}: {advice}name another folder by --out")
 
 
-COLUMNS = ["steps", "reward", "success", "success_held", "eval_reward", "eval_success", "eval_success_held",
-           "critic_loss", "actor_loss", "temperature", "entropy"]
-
-
+COLUMNS = "steps reward success success_held eval_reward eval_success eval_success_held".split()
+COLUMNS += "critic_loss actor_loss temperature entropy".split()
 NOT_SETTINGS = "command", "function", "overwrite", "resume", "typed"
 
 
-def resumed(args):
+def resumed(args: argparse.Namespace) -> argparse.Namespace:
     """The settings of the interrupted run args.resume. Raises ValueError if there is none, or others were asked for."""
     run = args.resume
     if (run / "result.json").exists():
@@ -836,19 +887,20 @@ def resumed(args):
     if settings.keys() != vars(args).keys() - set(NOT_SETTINGS):
         raise ValueError(f"{run} was begun by another version of vlmrm.py: it cannot be resumed by this one")
     typed = {word.split("=")[0].removeprefix("--").replace("-", "_") for word in args.typed if word.startswith("--")}
-    differ = [f"--{key.replace('_', '-')} {vars(args)[key]}, there {there}" for key, there in settings.items()
-              if key != "out" and (key in typed or key == "prompt" and args.prompt) and vars(args)[key] != there]
+    asked = [key for key in settings if key != "out" and (key in typed or key == "prompt" and args.prompt)]
+    differ = {key: f"{vars(args)[key]}, there {settings[key]}" for key in asked if vars(args)[key] != settings[key]}
     if differ:
-        raise ValueError(f"{run} was begun with other settings: {'; '.join(differ)}. Leave them out")
+        named = "; ".join(f"--{key.replace('_', '-')} {values}" for key, values in differ.items())
+        raise ValueError(f"{run} was begun with other settings: {named}. Leave them out")
     return argparse.Namespace(**settings | dict(out=run, resume=run))
 
 
-def train(args):
+def train(args: argparse.Namespace):
     """Trains one policy; see `python vlmrm.py train --help` for what it reads and leaves."""
     start, args = time.time(), resumed(args) if args.resume else args
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    rank, local, world, here = (int(os.environ.get(name, default)) for name, default in (  # as torchrun sets them
-        ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
+    rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # as torchrun sets them
+    world, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if world > 1:
         gpus = torch.cuda.device_count()
         if device == "cuda" and gpus:
@@ -864,11 +916,11 @@ def train(args):
     if rank == 0 and not args.resume:
         check_free(out, args.overwrite, "config.json", "metrics.csv")
     if not all(map(np.isfinite, (args.distance, args.elevation, args.azimuth))) or args.distance <= 0:
-        raise ValueError(f"--distance {args.distance}, --elevation {args.elevation}, --azimuth {args.azimuth}: a "
-                         "camera needs finite numbers, and some distance")
+        given = f"--distance {args.distance}, --elevation {args.elevation}, --azimuth {args.azimuth}"
+        raise ValueError(f"{given}: a camera needs finite numbers, and some distance")
     if args.envs < 1 or args.episodes < 1 or args.envs % world or args.batch_size % world:
-        raise ValueError(f"--envs {args.envs}, --episodes {args.episodes}, --batch-size {args.batch_size}: at least "
-                         f"one of each, and --envs and --batch-size in equal shares for {world} processes")
+        given = f"--envs {args.envs}, --episodes {args.episodes}, --batch-size {args.batch_size}"
+        raise ValueError(f"{given}: at least 1 each, the first and the last in equal shares for {world} processes")
 
     clip = CLIP(args.model, device, args.precision)
     reward_fn = VLMReward(clip, prompt, baseline, args.alpha)
@@ -885,8 +937,11 @@ def train(args):
     references, rng = {}, np.random.default_rng([args.seed, rank])
     shape = envs.action_space.shape
     if condition:
-        for name, act in (("zero action", lambda obs: np.zeros(shape)), ("untrained network", agent.best_action),
-                          ("random policy", lambda obs: rng.uniform(-1, 1, shape))):
+        for name, act in (
+            ("zero action", lambda obs: np.zeros(shape)),
+            ("untrained network", agent.best_action),
+            ("random policy", lambda obs: rng.uniform(-1, 1, shape)),
+        ):
             half, held = success_rates(judge(act)[1])
             references[name] = dict(success=half, success_held=held)
 
@@ -929,17 +984,35 @@ def train(args):
         return
     plot_curve(rows, prompt[0], out / "curve.png")
     record_video(agent.best_action, camera, args.look, out / "video.gif", config.round_steps)
-    result = dict(prompt=prompt, task=task, model=args.model, alpha=args.alpha, seed=args.seed,
-                  steps=int(rows[-1]["steps"]), episodes=args.episodes, success=half, success_held=held,
-                  reward=float(rewards.mean()), references=references,
-                  seconds=None if args.resume else round(time.time() - start, 1))
+    steps = int(rows[-1]["steps"])
+    result = dict(prompt=prompt, task=task, model=args.model, alpha=args.alpha, seed=args.seed, steps=steps)
+    result |= dict(episodes=args.episodes, success=half, success_held=held, reward=float(rewards.mean()))
+    result |= dict(references=references, seconds=None if args.resume else round(time.time() - start, 1))
     with sac.whole(out / "result.json", "w") as file:
         file.write(json.dumps(result, indent=1) + "\n")
     shutil.rmtree(folder)
     judged = f"Success {half:.0%}, held to the end {held:.0%}" if condition else "No success condition for this prompt"
-    print(f"{judged}; CLIP reward {rewards.mean():.3f}; {args.episodes} episodes after {result['steps']:,} steps and "
-          f"{(time.time() - start) / 60:.1f} minutes{' since it was resumed' * bool(args.resume)}. "
-          f"Watch {out}/video.gif and see {out}/curve.png")
+    took = f"{(time.time() - start) / 60:.1f} minutes{' since it was resumed' * bool(args.resume)}"
+    print(
+        f"{judged}; CLIP reward {rewards.mean():.3f}; {args.episodes} episodes after {steps:,} steps and {took}. ",
+        end="",
+    )
+    print(f"Watch {out}/video.gif and see {out}/curve.png")
+
+
+TRAIN = """\
+Trains SAC on the humanoid, rewarded by CLIP for looking like a sentence, and leaves in runs/NAME/:
+  video.gif    the best policy, in three new episodes
+  curve.png    CLIP reward beside success, over training
+  result.json  success by two rules over 100 new episodes, and what zero, random and untrained actions reach
+  policy.pt    the best policy's weights; also metrics.csv and config.json"""
+EVALUATE = """\
+Compares CLIP rewards with the tasks' success conditions on the fixed states in evaluation/, and leaves in
+runs/evaluate/:
+  table.csv         for each model, scene, alpha and task: EPIC distance (0 perfect, .71 unrelated), Pearson
+                    correlation, and AUC against all other states and against near misses alone
+  epic_*.png        EPIC by alpha, by size of the model, and by scene, the models side by side
+  MODEL/paths.png, MODEL/histograms.png, MODEL/frames.png    what the reward of one model looks like"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -947,77 +1020,70 @@ def parser() -> argparse.ArgumentParser:
         def _get_help_string(self, action):  # a default only where it tells something
             return super()._get_help_string(action) if type(action.default) in (int, float) else action.help
 
-    main = argparse.ArgumentParser(prog="vlmrm.py", description="One sentence in, a trained humanoid out.", epilog=(
-        "Without a command: train kneeling with the embedded CLIP. Each command has its own --help."))
-    commands = main.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    def add_command(name, function, meaning, description, **settings):
+        settings |= dict(formatter_class=Formatter, allow_abbrev=False, help=meaning, description=description)
+        command = commands.add_parser(name, **settings)
+        command.set_defaults(function=function)
+        return command
+
+    def add(group, name, meaning, **settings):
+        group.add_argument(name, help=meaning, **settings)
 
     def add_clip(group, **several):  # what both commands ask of a CLIP
-        default = [EMBEDDED_CLIP] if several else EMBEDDED_CLIP
-        group.add_argument("--model", default=default, **several, help="NAME/TAG from open_clip's list, hf-hub:REPO or "
-                           "local-dir:PATH. Left out: the embedded one, trained on pictures of this robot, a stand-in "
-                           "and not a zero-shot model")
-        group.add_argument("--precision", choices=["fp32", "fp16", "bf16"], default="fp32",
-                           help="of CLIP's weights. Left out: fp32")
-        group.add_argument("--device", help="cpu, cuda, cuda:1, ... Left out: cuda where there is one")
-        group.add_argument("--baseline", action="append", metavar="PROMPT",
-                           help=f"the scene without the goal; several are averaged. Left out: {BASELINE_PROMPT}")
+        meaning = (
+            "NAME/TAG from open_clip's list, hf-hub:REPO or local-dir:PATH. Left out: tinyclip, embedded here, trained "
+        )
+        meaning += "on pictures of this robot, a stand-in and not a zero-shot model"
+        add(group, "--model", meaning, default=[EMBEDDED_CLIP] if several else EMBEDDED_CLIP, **several)
+        precisions = dict(choices=["fp32", "fp16", "bf16"], default="fp32")
+        add(group, "--precision", "of CLIP's weights. Left out: fp32", **precisions)
+        add(group, "--device", "cpu, cuda, cuda:1, ... Left out: cuda where there is one")
+        meaning = f"the scene without the goal; several are averaged. Left out: {BASELINE_PROMPT}"
+        add(group, "--baseline", meaning, action="append", metavar="PROMPT")
 
-    command = commands.add_parser("train", usage="vlmrm.py train [PROMPT ...] [OPTIONS]", formatter_class=Formatter,
-                                  allow_abbrev=False,
-                                  help="train a policy on a sentence", description=(
-        "Trains SAC on the humanoid, rewarded by CLIP for looking like a sentence, and leaves in runs/NAME/:\n"
-        "  video.gif    the best policy, in three new episodes\n"
-        "  curve.png    CLIP reward beside success, over training\n"
-        "  result.json  success by two rules over 100 new episodes, and what zero, random and untrained actions reach\n"
-        "  policy.pt    the best policy's weights; also metrics.csv and config.json"))
-    command.set_defaults(function=train)
+    epilog = "Without a command: train kneeling with the embedded CLIP. Each command has its own --help."
+    about = "One sentence in, a trained humanoid out."
+    main = argparse.ArgumentParser(prog="vlmrm.py", description=about, epilog=epilog)
+    commands = main.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    usage = "vlmrm.py train [PROMPT ...] [OPTIONS]"
+    command = add_command("train", train, "train a policy on a sentence", TRAIN, usage=usage)
     group = command.add_argument_group("the task")
-    group.add_argument("prompt", nargs="*", help="the goal in a sentence, or in several to be averaged")
-    group.add_argument("--task", choices=TASKS,
-                       help="one of the paper's: its prompt (unless you give another) and its success condition. "
-                       "Without a prompt: kneeling")
-    group.add_argument("--alpha", type=float, default=0.5, help="strength of the projection, from 0 (plain CLIP) to 1")
+    add(group, "prompt", "the goal in a sentence, or in several to be averaged", nargs="*")
+    meaning = "one of the paper's: its prompt (unless you give another) and its success condition. Without a prompt: "
+    add(group, "--task", meaning + "kneeling", choices=TASKS)
+    add(group, "--alpha", "strength of the projection, from 0 (plain CLIP) to 1", type=float, default=0.5)
     add_clip(command.add_argument_group("the CLIP"))
     group = command.add_argument_group("the scene")
-    group.add_argument("--look", choices=["realistic", "original"], default="realistic",
-                       help="the colours; original is Gymnasium's own. Left out: realistic")
-    group.add_argument("--distance", type=float, default=CAMERA["distance"], help="of the camera, in metres")
-    group.add_argument("--elevation", type=float, default=CAMERA["elevation"], help="of its gaze, in degrees")
-    group.add_argument("--azimuth", type=float, default=CAMERA["azimuth"], help="in degrees: 180 sees the front")
+    meaning = "the colours; original is Gymnasium's own. Left out: realistic"
+    add(group, "--look", meaning, choices=["realistic", "original"], default="realistic")
+    add(group, "--distance", "of the camera, in metres", type=float, default=CAMERA["distance"])
+    add(group, "--elevation", "of its gaze, in degrees", type=float, default=CAMERA["elevation"])
+    add(group, "--azimuth", "in degrees: 180 sees the front", type=float, default=CAMERA["azimuth"])
     group = command.add_argument_group("learning, by SAC")
-    group.add_argument("--envs", type=int, default=16, help="environments that step together")
+    add(group, "--envs", "environments that step together", type=int, default=16)
     for field in fields(sac.Config):
         flag = "--" + field.name.replace("_", "-")
-        group.add_argument(flag, type=field.type, default=field.default, help=field.metadata["help"])
+        add(group, flag, field.metadata["help"], type=field.type, default=field.default)
     group = command.add_argument_group("the output")
-    group.add_argument("--episodes", type=int, default=100, help="episodes of the final judgement")
-    group.add_argument("--out", type=Path, help="folder of the run; left out: runs/TASK-seedN, with the model "
-                       "and alpha in its name where they are not the usual")
-    group.add_argument("--overwrite", action="store_true", help="replace a run that is already there")
-    group.add_argument("--resume", type=Path, metavar="RUN", help="go on with the interrupted run in this folder, with "
-                       "the settings it was begun with")
+    add(group, "--episodes", "episodes of the final judgement", type=int, default=100)
+    meaning = "folder of the run; left out: runs/TASK-seedN, with the model and alpha in its name where not the usual"
+    add(group, "--out", meaning, type=Path)
+    add(group, "--overwrite", "replace a run that is already there", action="store_true")
+    meaning = "go on with the interrupted run in this folder, with the settings it was begun with"
+    add(group, "--resume", meaning, type=Path, metavar="RUN")
 
-    command = commands.add_parser("evaluate", formatter_class=Formatter, allow_abbrev=False,
-                                  help="judge rewards before training on them",
-                                  description=(
-        "Compares CLIP rewards with the tasks' success conditions on the fixed states in evaluation/, and leaves in\n"
-        "runs/evaluate/:\n"
-        "  table.csv         for each model, scene, alpha and task: EPIC distance (0 perfect, .71 unrelated), Pearson\n"
-        "                    correlation, and AUC against all other states and against near misses alone\n"
-        "  epic_*.png        EPIC by alpha, by size of the model, and by scene, the models side by side\n"
-        "  MODEL/paths.png, MODEL/histograms.png, MODEL/frames.png    what the reward of one model looks like"))
-    command.set_defaults(function=evaluate)
-    command.add_argument("--task", nargs="+", choices=TASKS, metavar="TASK",
-                         help=f"of {', '.join(TASKS)}. Left out: all eight")
-    command.add_argument("--alpha", nargs="+", type=float, default=[0, 0.25, 0.5, 0.75, 1],
-                         help="the middle one is drawn where a figure needs one. Left out: 0 0.25 0.5 0.75 1")
+    command = add_command("evaluate", evaluate, "judge rewards before training on them", EVALUATE)
+    add(command, "--task", f"of {', '.join(TASKS)}. Left out: all eight", nargs="+", choices=TASKS, metavar="TASK")
+    alphas, meaning = [0, 0.25, 0.5, 0.75, 1], "the middle one is drawn where a figure needs one. Left out: "
+    add(command, "--alpha", meaning + " ".join(map(str, alphas)), nargs="+", type=float, default=alphas)
     add_clip(command, nargs="+")
-    command.add_argument("--out", type=Path, help="folder of the figures; left out: runs/evaluate")
-    command.add_argument("--overwrite", action="store_true", help="replace an evaluation that is already there")
+    add(command, "--out", "folder of the figures; left out: runs/evaluate", type=Path)
+    add(command, "--overwrite", "replace an evaluation that is already there", action="store_true")
     return main
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None):
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0].startswith("-") and not {"-h", "--help", "train", "evaluate"} & set(argv):
         argv.insert(0, "train")

@@ -8,6 +8,7 @@
 Each row times two things in turn, A B A B ..., and gives the median of the ratios of neighbours, so that a machine that
 speeds up or slows down meanwhile does not decide. Run nothing beside it.
 """
+
 import argparse
 import platform
 import statistics
@@ -45,8 +46,11 @@ def compare(name, ours, other, unit, pairs, device="cpu"):
                 kept.append(amount / (time.perf_counter() - start))
     ratios = [a / b for a, b in zip(*rates)]
     one, two = (statistics.median(r) for r in rates)
-    print(f"{name:66} {one:9.4g} {two:9.4g} {unit:10} {statistics.median(ratios):7.2f}x  "
-          f"({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
+    print(
+        f"{name:66} {one:9.4g} {two:9.4g} {unit:10} {statistics.median(ratios):7.2f}x  "
+        f"({min(ratios):.2f} to {max(ratios):.2f})",
+        flush=True,
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -58,12 +62,20 @@ class CleanRL:
 
     def __init__(self, device, hidden=256):
         def mlp(inputs, outputs):
-            return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(),
-                                 nn.Linear(hidden, outputs)).to(device)
+            return nn.Sequential(
+                nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, outputs)
+            ).to(device)
+
         self.critics, self.targets = ([mlp(OBS + ACT, 1) for _ in range(2)] for _ in range(2))
         self.actor, self.log_alpha = mlp(OBS, 2 * ACT), torch.zeros(1, requires_grad=True, device=device)
-        self.optimizers = [torch.optim.Adam(parameters, 1e-3) for parameters in (
-            [p for critic in self.critics for p in critic.parameters()], self.actor.parameters(), [self.log_alpha])]
+        self.optimizers = [
+            torch.optim.Adam(parameters, 1e-3)
+            for parameters in (
+                [p for critic in self.critics for p in critic.parameters()],
+                self.actor.parameters(),
+                [self.log_alpha],
+            )
+        ]
         self.count = 0
 
     def act(self, obs):
@@ -83,7 +95,7 @@ class CleanRL:
         with torch.no_grad():
             next_action, next_log_prob = self.act(next_obs)
             q = torch.min(*(target(torch.cat([next_obs, next_action], 1)) for target in self.targets))
-            y = reward + (1 - terminated) * .99 * (q - self.log_alpha.exp() * next_log_prob)
+            y = reward + (1 - terminated) * 0.99 * (q - self.log_alpha.exp() * next_log_prob)
         self.step(self.optimizers[0], sum(F.mse_loss(q(torch.cat([obs, action], 1)), y) for q in self.critics))
         self.count += 1
         for _ in range(2 * (self.count % 2)):  # the policy every second time, twice
@@ -93,23 +105,25 @@ class CleanRL:
             self.step(self.optimizers[2], -(self.log_alpha.exp() * (log_prob.detach() - ACT)).mean())
         for slow, fast in zip(self.targets, self.critics):
             for old, new in zip(slow.parameters(), fast.parameters()):
-                old.data.copy_(.005 * new.data + .995 * old.data)
+                old.data.copy_(0.005 * new.data + 0.995 * old.data)
 
 
 class Spaces(gymnasium.Env):
     """The humanoid's spaces without the humanoid."""
+
     observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (OBS,), np.float32)
-    action_space = gymnasium.spaces.Box(-.4, .4, (ACT,), np.float32)
+    action_space = gymnasium.spaces.Box(-0.4, 0.4, (ACT,), np.float32)
 
     def reset(self, seed=None, options=None):
         return self.observation_space.sample(), {}
 
     def step(self, action):
-        return self.observation_space.sample(), 0., False, False, {}
+        return self.observation_space.sample(), 0.0, False, False, {}
 
 
 def matmul_shapes(batch, hidden=256):
     """Of all matrix products in one update: (m, k), (k, n) -> (m, n)."""
+
     def forward(inputs, outputs):
         return [(batch, inputs, hidden), (batch, hidden, hidden), (batch, hidden, outputs)]
 
@@ -118,6 +132,7 @@ def matmul_shapes(batch, hidden=256):
 
     def to_inputs(shapes):
         return [(m, n, k) for m, k, n in shapes]
+
     q, pi = forward(OBS + ACT, 1), forward(OBS, 2 * ACT)
     critic_step = 2 * (q + q + to_weights(q) + to_inputs(q[1:])) + pi  # targets, values; the next action
     return critic_step + 2 * (q + to_inputs(q)) + pi + to_weights(pi) + to_inputs(pi[1:])  # and the actor's
@@ -125,6 +140,7 @@ def matmul_shapes(batch, hidden=256):
 
 def bench_sac(args):
     import stable_baselines3
+
     warnings.filterwarnings("ignore", module="stable_baselines3")
     for batch in (256, 512):
         config = sac.Config(batch_size=batch)
@@ -132,8 +148,14 @@ def bench_sac(args):
         buffer = sac.ReplayBuffer(20_000, OBS, ACT)
         buffer.add(torch.randn(20_000, 2 * OBS + ACT + 2) * (torch.arange(2 * OBS + ACT + 2) < 2 * OBS + ACT + 1))
         agent.norm.update(buffer.data[:, :OBS].to(args.device))
-        sb3 = stable_baselines3.SAC("MlpPolicy", Spaces(), batch_size=batch, buffer_size=20_000, device=args.device,
-                                    policy_kwargs=dict(net_arch=[256, 256]))
+        sb3 = stable_baselines3.SAC(
+            "MlpPolicy",
+            Spaces(),
+            batch_size=batch,
+            buffer_size=20_000,
+            device=args.device,
+            policy_kwargs=dict(net_arch=[256, 256]),
+        )
         sb3.set_logger(stable_baselines3.common.logger.Logger(None, []))
         for _ in range(20_000):
             obs = np.random.randn(2, 1, OBS).astype(np.float32)
@@ -148,25 +170,47 @@ def bench_sac(args):
             for _ in range(count):
                 obs, action, reward, next_obs, terminated = buffer.sample(batch, args.device)
                 cleanrl.update(obs, action, reward[:, None], next_obs, terminated[:, None])
+
         for precision in ("highest", "medium"):
+
             def precise():
                 torch.set_float32_matmul_precision(precision)
                 ours()
                 torch.set_float32_matmul_precision("highest")
+
             how = {"highest": "fp32", "medium": "bf16 matmuls (theirs fp32)"}[precision]
-            compare(f"SAC, batch {batch}, {how}: ours, stable-baselines3", (precise, count),
-                    (lambda: sb3.train(count, batch), count), "updates/s", args.pairs, args.device)
-            compare(f"SAC, batch {batch}, {how}: ours, CleanRL's update", (precise, count), (theirs, count),
-                    "updates/s", args.pairs, args.device)
+            compare(
+                f"SAC, batch {batch}, {how}: ours, stable-baselines3",
+                (precise, count),
+                (lambda: sb3.train(count, batch), count),
+                "updates/s",
+                args.pairs,
+                args.device,
+            )
+            compare(
+                f"SAC, batch {batch}, {how}: ours, CleanRL's update",
+                (precise, count),
+                (theirs, count),
+                "updates/s",
+                args.pairs,
+                args.device,
+            )
             if args.device == "cpu":
+
                 def products():
                     torch.set_float32_matmul_precision(precision)
                     for a, b in pairs * count:
                         a @ b
                     torch.set_float32_matmul_precision("highest")
+
                 pairs = [(torch.randn(m, k), torch.randn(k, n)) for m, k, n in matmul_shapes(batch)]
-                compare(f"SAC, batch {batch}, {how}: ours, its products alone", (precise, count),
-                        (products, count), "updates/s", args.pairs)
+                compare(
+                    f"SAC, batch {batch}, {how}: ours, its products alone",
+                    (precise, count),
+                    (products, count),
+                    "updates/s",
+                    args.pairs,
+                )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -200,16 +244,20 @@ class Usual:
         x = torch.from_numpy(frames.copy()).permute(0, 3, 1, 2).to(self.clip.device).float() / 255
         x = TF.resize(x, list(self.clip.size), TF.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
         state = self.clip.model.encode_image((x - self.clip.mean) / self.clip.std)
-        return vlmrm.goal_baseline_reward(state, self.reward.goal, self.reward.baseline, .5).cpu().numpy()
+        return vlmrm.goal_baseline_reward(state, self.reward.goal, self.reward.baseline, 0.5).cpu().numpy()
 
 
 def bench_render(args):
     states, usual = poses(200), Usual(vlmrm.CLIP(device=args.device))
     for size in (64, 96, 224):
         scene = vlmrm.Scene((size, size))
-        compare(f"frames at {size} px: ours, gymnasium's at 480 px",
-                (lambda: vlmrm.render_states(scene, states), len(states)),
-                (lambda: [usual.render(qpos) for qpos in states[::20]], 10), "frames/s", args.pairs)
+        compare(
+            f"frames at {size} px: ours, gymnasium's at 480 px",
+            (lambda: vlmrm.render_states(scene, states), len(states)),
+            (lambda: [usual.render(qpos) for qpos in states[::20]], 10),
+            "frames/s",
+            args.pairs,
+        )
 
 
 def bench_label(args):
@@ -218,10 +266,19 @@ def bench_label(args):
 
     def ours():
         reward(vlmrm.render_states(scene, states))
-    for how, theirs in (("one at a time", lambda: [usual.label(usual.render(qpos)[None]) for qpos in states[::32]]),
-                        ("in batches", lambda: usual.label(np.stack([usual.render(qpos) for qpos in states[::32]])))):
-        compare(f"labelled frames, embedded CLIP: ours, pipeline (c) {how}", (ours, len(states)), (theirs, 16),
-                "frames/s", args.pairs, args.device)
+
+    for how, theirs in (
+        ("one at a time", lambda: [usual.label(usual.render(qpos)[None]) for qpos in states[::32]]),
+        ("in batches", lambda: usual.label(np.stack([usual.render(qpos) for qpos in states[::32]]))),
+    ):
+        compare(
+            f"labelled frames, embedded CLIP: ours, pipeline (c) {how}",
+            (ours, len(states)),
+            (theirs, 16),
+            "frames/s",
+            args.pairs,
+            args.device,
+        )
 
 
 def random_clip(name, device, precision):
@@ -232,6 +289,7 @@ def random_clip(name, device, precision):
         settings.pop("require_pretrained")
         with torch.device(device):
             return original(name, **settings)
+
     open_clip.create_model = create
     try:
         torch.manual_seed(0)
@@ -252,25 +310,47 @@ def bench_vit(args):
         def encoder(model, x):
             for part in x.split(128):
                 model.encode_image(part)
-        compare(f"{name} in bf16: rewards of frames, its encoder alone",
-                (lambda: clip.embed_images(frames), len(frames)),
-                (lambda: encoder(clip.model, ready), len(frames)), "frames/s", args.pairs, args.device)
+
+        compare(
+            f"{name} in bf16: rewards of frames, its encoder alone",
+            (lambda: clip.embed_images(frames), len(frames)),
+            (lambda: encoder(clip.model, ready), len(frames)),
+            "frames/s",
+            args.pairs,
+            args.device,
+        )
         reward, scene = vlmrm.VLMReward(clip, PROMPT), vlmrm.Scene(clip.size)
-        compare(f"{name} in bf16: rendering and rewards, its encoder alone",
-                (lambda: reward(vlmrm.render_states(scene, states)), len(states)),
-                (lambda: encoder(clip.model, ready), len(states)), "frames/s", args.pairs, args.device)
-        compare(f"{name}: encoder in bf16, in fp32", (lambda: encoder(clip.model, ready), len(frames)),
-                (lambda: encoder(fp32.model, ready32), len(frames)), "frames/s", args.pairs, args.device)
+        compare(
+            f"{name} in bf16: rendering and rewards, its encoder alone",
+            (lambda: reward(vlmrm.render_states(scene, states)), len(states)),
+            (lambda: encoder(clip.model, ready), len(states)),
+            "frames/s",
+            args.pairs,
+            args.device,
+        )
+        compare(
+            f"{name}: encoder in bf16, in fp32",
+            (lambda: encoder(clip.model, ready), len(frames)),
+            (lambda: encoder(fp32.model, ready32), len(frames)),
+            "frames/s",
+            args.pairs,
+            args.device,
+        )
         if args.device == "cpu":
             usual = Usual(fp32)
-            compare(f"labelled frames, {name}: ours in bf16, pipeline (c) one at a time",
-                    (lambda: reward(vlmrm.render_states(scene, states)), len(states)),
-                    (lambda: [usual.label(usual.render(qpos)[None]) for qpos in states[::16]], len(states[::16])),
-                    "frames/s", args.pairs)
+            compare(
+                f"labelled frames, {name}: ours in bf16, pipeline (c) one at a time",
+                (lambda: reward(vlmrm.render_states(scene, states)), len(states)),
+                (lambda: [usual.label(usual.render(qpos)[None]) for qpos in states[::16]], len(states[::16])),
+                "frames/s",
+                args.pairs,
+            )
         rewards = [vlmrm.VLMReward(c, PROMPT)(frames) for c in (clip, fp32)]
         ranks = [r.argsort().argsort() for r in rewards]
-        print(f"{name}: rewards in bf16 and fp32 differ by at most {np.abs(rewards[0] - rewards[1]).max():.1e}; "
-              f"rank correlation {np.corrcoef(*ranks)[0, 1]:.5f}")
+        print(
+            f"{name}: rewards in bf16 and fp32 differ by at most {np.abs(rewards[0] - rewards[1]).max():.1e}; "
+            f"rank correlation {np.corrcoef(*ranks)[0, 1]:.5f}"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -291,6 +371,7 @@ class Labelled(gymnasium.Wrapper):
 
 def bench_loop(args):
     import stable_baselines3
+
     clip = vlmrm.CLIP(device=args.device)
     config = sac.Config(steps=1_000_000)
     scene, reward = vlmrm.Scene(clip.size), vlmrm.VLMReward(clip, PROMPT)
@@ -299,11 +380,26 @@ def bench_loop(args):
     rounds = sac.train(agent, envs, eval_envs, reward)  # with its evaluations
     for _ in range(4):
         next(rounds)
-    sb3 = stable_baselines3.SAC("MlpPolicy", Labelled(Usual(clip)), batch_size=256, gamma=.95, learning_rate=6e-4,
-                                train_freq=4, gradient_steps=1, learning_starts=100, device=args.device,
-                                policy_kwargs=dict(net_arch=[256, 256]))
-    compare("whole loop: ours, stable-baselines3 on pipeline (c)", (lambda: [next(rounds) for _ in range(2)], 3200),
-            (lambda: sb3.learn(100, reset_num_timesteps=False), 100), "steps/s", args.pairs, args.device)
+    sb3 = stable_baselines3.SAC(
+        "MlpPolicy",
+        Labelled(Usual(clip)),
+        batch_size=256,
+        gamma=0.95,
+        learning_rate=6e-4,
+        train_freq=4,
+        gradient_steps=1,
+        learning_starts=100,
+        device=args.device,
+        policy_kwargs=dict(net_arch=[256, 256]),
+    )
+    compare(
+        "whole loop: ours, stable-baselines3 on pipeline (c)",
+        (lambda: [next(rounds) for _ in range(2)], 3200),
+        (lambda: sb3.learn(100, reset_num_timesteps=False), 100),
+        "steps/s",
+        args.pairs,
+        args.device,
+    )
 
 
 BENCHMARKS = dict(sac=bench_sac, render=bench_render, label=bench_label, vit=bench_vit, loop=bench_loop)
@@ -317,11 +413,16 @@ def main():
     parser.add_argument("--models", nargs="+", default=["ViT-B-32"], help="open_clip architectures, for vit")
     parser.add_argument("--frames", type=int, default=64, help="in a call, for vit")
     args = parser.parse_args()
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), "") \
-        if platform.system() == "Linux" else platform.processor()
+    cpu = (
+        next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), "")
+        if platform.system() == "Linux"
+        else platform.processor()
+    )
     import stable_baselines3
-    versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (
-        torch, open_clip, gymnasium, mujoco, stable_baselines3))
+
+    versions = ", ".join(
+        f"{module.__name__} {module.__version__}" for module in (torch, open_clip, gymnasium, mujoco, stable_baselines3)
+    )
     print(f"{cpu}, {torch.get_num_threads()} threads, {args.device}; {versions}; medians of {args.pairs} pairs")
     print(f"{'':66} {'ours':>9} {'other':>9} {'':10} {'ratio':>8}")
     for name in args.what or BENCHMARKS:

@@ -10,6 +10,7 @@ the tasks' success conditions when they are used. For each of the eight tasks:
 and 300 that are blends of two such scripts or have a leg of each, 200 of uniformly random joints, let go of and settled
 under gravity, and 200 of a random policy.
 """
+
 import sys
 from pathlib import Path
 
@@ -24,12 +25,16 @@ SEED = 7_000_000
 STAND, LIFT = (-3, -2, -4, -6), (-8, -6, -45, -70)
 SCRIPTS = {
     "kneeling": [((-8, -6, -8, -98), (-8, -6, -8, -98), 0, 0, 8), ((-3, -4, -35, -132), (-3, -4, -35, -132), -8, 0, 8)],
-    "lotus": [((-8, -52, -50, -150), (-8, -52, -50, -150), -20, 0, 7),
-              ((-12, -54, -75, -154), (-12, -54, -75, -154), 8, 8, 7)],
+    "lotus": [
+        ((-8, -52, -50, -150), (-8, -52, -50, -150), -20, 0, 7),
+        ((-12, -54, -75, -154), (-12, -54, -75, -154), 8, 8, 7),
+    ],
     "standing": [(STAND, STAND, 0, 0, 4)],
     "arms-raised": [(STAND, STAND, 0, 0, 4)],
-    "splits": [((-24, -58, -75, -5), (-24, -58, -75, -5), -6, 0, 5),
-               ((-20, -52, -83, -6), (-20, -52, -83, -6), -4, 3, 6)],
+    "splits": [
+        ((-24, -58, -75, -5), (-24, -58, -75, -5), -6, 0, 5),
+        ((-20, -52, -83, -6), (-20, -52, -83, -6), -4, 3, 6),
+    ],
     "hands-on-hips": [(STAND, STAND, 0, 0, 4)],
     "one-leg": [(STAND, LIFT, 0, 0, 6), (STAND, (-14, -8, -8, -95), 0, 0, 6), (STAND, (-22, -12, -30, -25), 0, 0, 6)],
     "arms-crossed": [(STAND, STAND, 0, 0, 4)],
@@ -40,13 +45,13 @@ def pose(task, body, rng):
     """A pose of the task's script, jittered and turned, with random arms; not yet on the floor."""
     left, right, abdomen, pitch, jitter = SCRIPTS[task][rng.integers(len(SCRIPTS[task]))]
     qpos = body.model.qpos0.copy()
-    qpos[body.legs] = np.deg2rad(np.concatenate([left, right] if rng.random() < .5 else [right, left]))
+    qpos[body.legs] = np.deg2rad(np.concatenate([left, right] if rng.random() < 0.5 else [right, left]))
     qpos[body.abdomen] = np.deg2rad(abdomen)
-    qpos[3:7] = make.quaternion(rng.normal(0, .3), *np.deg2rad([pitch, 0] + 4 * rng.standard_normal(2)))
+    qpos[3:7] = make.quaternion(rng.normal(0, 0.3), *np.deg2rad([pitch, 0] + 4 * rng.standard_normal(2)))
     qpos[7:] += np.deg2rad(jitter) * rng.standard_normal(17)
     low, high = body.low[[a - 7 for a in body.arms]], body.high[[a - 7 for a in body.arms]]
     arms = rng.uniform(low, high)
-    if rng.random() < .7:  # both alike, as in most of what has a name
+    if rng.random() < 0.7:  # both alike, as in most of what has a name
         arms[3:] = arms[:3] * [-1, -1, 1]
     qpos[body.arms] = np.clip(arms, low, high)
     return qpos
@@ -57,9 +62,9 @@ def scripted(task, count=150):
     rng, body, states = np.random.default_rng([SEED, list(SCRIPTS).index(task)]), make.Body(), []
     while len(states) < count:
         qpos = pose(task, body, rng)
-        if states and rng.random() < .5:
+        if states and rng.random() < 0.5:
             qpos[body.arms] = states[rng.integers(len(states))][body.arms] + np.deg2rad(10) * rng.standard_normal(6)
-        body.ground(qpos, rng.uniform(0, .01))
+        body.ground(qpos, rng.uniform(0, 0.01))
         if vlmrm.holds(vlmrm.TASKS[task][1], vlmrm.measure_states(body.model, qpos[None]))[0]:
             states.append(qpos)
     return np.array(states)
@@ -75,7 +80,7 @@ def between(count=300):
         else:
             t = rng.random()
             one = (1 - t) * one + t * other
-        states.append(body.ground(one, rng.uniform(0, .01)))
+        states.append(body.ground(one, rng.uniform(0, 0.01)))
     return np.array(states)
 
 
@@ -85,7 +90,7 @@ def settled(count=200):
         qpos = body.model.qpos0.copy()
         qpos[7:] = rng.uniform(body.low, body.high)
         qpos[3:7] = make.quaternion(rng.uniform(-np.pi, np.pi), *(np.deg2rad(30) * rng.standard_normal(2)))
-        states += body.settle(body.ground(qpos, .02), rng.choice([0, 100, 400]), [int(rng.integers(5, 80))])
+        states += body.settle(body.ground(qpos, 0.02), rng.choice([0, 100, 400]), [int(rng.integers(5, 80))])
     return np.array(states)
 
 
@@ -93,9 +98,9 @@ def random_policy(count=200):
     rng, body, states = np.random.default_rng([SEED, 101]), make.Body(), []
     for _ in range(count):
         mujoco.mj_resetData(body.model, body.data)
-        body.data.qpos[:] += rng.uniform(-.01, .01, 24)
+        body.data.qpos[:] += rng.uniform(-0.01, 0.01, 24)
         for _ in range(rng.integers(100)):
-            body.data.ctrl[:] = rng.uniform(-.4, .4, 17)
+            body.data.ctrl[:] = rng.uniform(-0.4, 0.4, 17)
             mujoco.mj_step(body.model, body.data, nstep=5)
         states.append(body.data.qpos.copy())
     return np.array(states)

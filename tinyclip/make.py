@@ -14,6 +14,7 @@ and its scores say nothing about the paper's models, which never saw this robot.
 Six combinations, such as kneeling with raised arms, are kept from all of it (HELD_OUT): sentences to try it on.
 No success condition and no hand-written reward is used anywhere here.
 """
+
 import argparse
 import json
 import multiprocessing
@@ -45,48 +46,63 @@ def legs_of(p: Pose) -> np.ndarray:
     up, facing = p.up[:, Z], p.facing[:, Z]
     pelvis, knees, feet, hands = p.pelvis[:, Z], p.knees[..., Z], p.feet[..., Z], p.hands[..., Z]
     thigh, shin, leg = p.knees - p.hips, p.feet - p.knees, p.feet - p.hips
-    bend = np.degrees(np.arccos(np.clip(  # of each knee
-        (thigh * shin).sum(-1) / np.linalg.norm(thigh, axis=-1) / np.linalg.norm(shin, axis=-1), -1, 1)))
+    bend = np.degrees(
+        np.arccos(
+            np.clip(  # of each knee
+                (thigh * shin).sum(-1) / np.linalg.norm(thigh, axis=-1) / np.linalg.norm(shin, axis=-1), -1, 1
+            )
+        )
+    )
     aside = np.degrees(np.arctan2(leg[..., Y] * SIDES, leg[..., X]))  # of each leg: 0 forward, 90 to its side, 180 back
     out = p.knees[..., Y] * SIDES
     straight, on_foot = bend < 28, feet < 0.125
-    on_knee = (knees < .105) & (p.knees[..., X] - p.feet[..., X] > 0.165)      # knee down, shin behind it
-    lowest = np.minimum.reduce([feet.min(1) - .075, knees.min(1) - .05, pelvis - .09, hands.min(1) - .04,
-                                p.head[:, Z] - .09])
+    on_knee = (knees < 0.105) & (p.knees[..., X] - p.feet[..., X] > 0.165)  # knee down, shin behind it
+    lowest = np.minimum.reduce(
+        [feet.min(1) - 0.075, knees.min(1) - 0.05, pelvis - 0.09, hands.min(1) - 0.04, p.head[:, Z] - 0.09]
+    )
     upright, tilted, seated = up > 0.76, up > 0.3, pelvis < 0.26
     rules = {
         "air": lowest > 0.08,
-        "lotus": upright & (pelvis < .31) & (knees < .155).all(1) & (out > .19).all(1)
-                 & (out - p.feet[..., Y] * SIDES > .06).all(1) & (np.abs(p.feet[..., X]) < .285).all(1)
-                 & (p.knees[..., X] > -.035).all(1),
-        "kneel": upright & on_knee.all(1) & (np.abs(out) < .285).all(1) & (pelvis > .38),
-        "heels": upright & on_knee.all(1) & (np.abs(out) < .285).all(1) & (pelvis > .24),
+        "lotus": upright
+        & (pelvis < 0.31)
+        & (knees < 0.155).all(1)
+        & (out > 0.19).all(1)
+        & (out - p.feet[..., Y] * SIDES > 0.06).all(1)
+        & (np.abs(p.feet[..., X]) < 0.285).all(1)
+        & (p.knees[..., X] > -0.035).all(1),
+        "kneel": upright & on_knee.all(1) & (np.abs(out) < 0.285).all(1) & (pelvis > 0.38),
+        "heels": upright & on_knee.all(1) & (np.abs(out) < 0.285).all(1) & (pelvis > 0.24),
         "knees_wide": upright & on_knee.all(1),
-        "one_knee": upright & (on_knee.sum(1) == 1) & (on_foot & ~on_knee & (knees > .25)).any(1),
-        "stand": (up > .82) & (pelvis > .78) & on_foot.all(1),
-        "one_leg": (up > .82) & (pelvis > .76) & on_foot.any(1) & (feet.max(1) > .24),
-        "step": upright & (pelvis > .74) & on_foot.any(1),
-        "knees_bent": upright & (pelvis > .55) & (feet < .2).all(1),
-        "squat": upright & (pelvis > .26) & (feet < .17).all(1) & (knees > .2).all(1),
-        "splits": upright & (pelvis < .21) & straight.all(1) & (aside > 47).all(1) & (aside < 130).all(1)
-                  & (feet < .235).all(1),
+        "one_knee": upright & (on_knee.sum(1) == 1) & (on_foot & ~on_knee & (knees > 0.25)).any(1),
+        "stand": (up > 0.82) & (pelvis > 0.78) & on_foot.all(1),
+        "one_leg": (up > 0.82) & (pelvis > 0.76) & on_foot.any(1) & (feet.max(1) > 0.24),
+        "step": upright & (pelvis > 0.74) & on_foot.any(1),
+        "knees_bent": upright & (pelvis > 0.55) & (feet < 0.2).all(1),
+        "squat": upright & (pelvis > 0.26) & (feet < 0.17).all(1) & (knees > 0.2).all(1),
+        "splits": upright
+        & (pelvis < 0.21)
+        & straight.all(1)
+        & (aside > 47).all(1)
+        & (aside < 130).all(1)
+        & (feet < 0.235).all(1),
         "straddle": upright & seated & straight.all(1) & (aside > 18).all(1),
         "sit_long": upright & seated & straight.all(1),
-        "half_splits": upright & (pelvis < .30) & (straight & (aside > 35) & (aside < 130)).any(1),
-        "sit_bent": upright & seated & (knees > .2).all(1),
+        "half_splits": upright & (pelvis < 0.30) & (straight & (aside > 35) & (aside < 130)).any(1),
+        "sit_bent": upright & seated & (knees > 0.2).all(1),
         "sit": upright & seated,
-        "bow": (pelvis > .55) & on_foot.any(1) & (p.up[:, X] > .5) & (up > -.7),
-        "fours": (up < .5) & (facing < -.5) & (knees < .16).all(1) & (hands < .16).all(1) & (pelvis > .28),
-        "knees_bowed": tilted & on_knee.all(1) & (facing < -.2),
+        "bow": (pelvis > 0.55) & on_foot.any(1) & (p.up[:, X] > 0.5) & (up > -0.7),
+        "fours": (up < 0.5) & (facing < -0.5) & (knees < 0.16).all(1) & (hands < 0.16).all(1) & (pelvis > 0.28),
+        "knees_bowed": tilted & on_knee.all(1) & (facing < -0.2),
         "knees_back": tilted & on_knee.all(1),
-        "lean": tilted & (pelvis > .68) & on_foot.any(1),
-        "fall": tilted & (pelvis > .45),
-        "recline": tilted & (pelvis < .3) & (facing > .1),
-        "slouch": tilted & (pelvis < .3),
-        "supine": ~tilted & (facing > .6) & (pelvis < .45),
-        "prone": ~tilted & (facing < -.6) & (pelvis < .35),
-        "side": ~tilted & (np.abs(facing) < .6) & (pelvis < .4),
-        "awkward": np.ones(len(up), bool)}
+        "lean": tilted & (pelvis > 0.68) & on_foot.any(1),
+        "fall": tilted & (pelvis > 0.45),
+        "recline": tilted & (pelvis < 0.3) & (facing > 0.1),
+        "slouch": tilted & (pelvis < 0.3),
+        "supine": ~tilted & (facing > 0.6) & (pelvis < 0.45),
+        "prone": ~tilted & (facing < -0.6) & (pelvis < 0.35),
+        "side": ~tilted & (np.abs(facing) < 0.6) & (pelvis < 0.4),
+        "awkward": np.ones(len(up), bool),
+    }
     assert list(rules) == LEGS
     return np.argmax(np.stack(list(rules.values())), 0)
 
@@ -94,12 +110,17 @@ def legs_of(p: Pose) -> np.ndarray:
 def arms_from_torso(p: Pose):
     """Seen from the torso, in metres, of each arm: how far the hand is up, forward and aside (outward) of the shoulder,
     how far the elbow is aside of it, the hand's distance from its hip, its height over the pelvis: six times (N, 2)."""
-    across = np.cross(p.up, p.facing)                                          # (N, 3) the torso's leftward axis
+    across = np.cross(p.up, p.facing)  # (N, 3) the torso's leftward axis
     hand, elbow, low = p.hands - p.shoulders, p.elbows - p.shoulders, p.hands - p.pelvis[:, None]
     hip = across[:, None] * SIDES[:, None] * 0.2
-    return *((v * axis[:, None]).sum(-1) * side for v, axis, side in (
-        (hand, p.up, 1), (hand, p.facing, 1), (hand, across, SIDES), (elbow, across, SIDES))), \
-        np.linalg.norm(low - hip, axis=-1), (low * p.up[:, None]).sum(-1)
+    return (
+        *(
+            (v * axis[:, None]).sum(-1) * side
+            for v, axis, side in ((hand, p.up, 1), (hand, p.facing, 1), (hand, across, SIDES), (elbow, across, SIDES))
+        ),
+        np.linalg.norm(low - hip, axis=-1),
+        (low * p.up[:, None]).sum(-1),
+    )
 
 
 def arms_of(p: Pose) -> np.ndarray:
@@ -108,47 +129,89 @@ def arms_of(p: Pose) -> np.ndarray:
     raised = up > 0.22
     rules = {
         "raised": raised.all(1),
-        "crossed": (aside < -.215).all(1) & (elbow_aside > aside).all(1) & (forward > .05).all(1)
-                   & (np.abs(up) < .34).all(1) & (np.abs(up[:, 0] - up[:, 1]) < .18),
-        "hips": (from_hip < .14).all(1) & (elbow_aside > aside).all(1) & (over_pelvis > -.06).all(1),
-        "one_raised": raised.any(1) & (up.min(1) < .1),
-        "sides": (aside > .33).all(1) & (np.abs(up) < .28).all(1),
-        "forward": (forward > .30).all(1) & (np.abs(up) < .22).all(1) & (np.abs(aside) < .32).all(1),
-        "down": (up < -.26).all(1) & (np.abs(aside) < .40).all(1),
-        "other": np.ones(len(up), bool)}
+        "crossed": (aside < -0.215).all(1)
+        & (elbow_aside > aside).all(1)
+        & (forward > 0.05).all(1)
+        & (np.abs(up) < 0.34).all(1)
+        & (np.abs(up[:, 0] - up[:, 1]) < 0.18),
+        "hips": (from_hip < 0.14).all(1) & (elbow_aside > aside).all(1) & (over_pelvis > -0.06).all(1),
+        "one_raised": raised.any(1) & (up.min(1) < 0.1),
+        "sides": (aside > 0.33).all(1) & (np.abs(up) < 0.28).all(1),
+        "forward": (forward > 0.30).all(1) & (np.abs(up) < 0.22).all(1) & (np.abs(aside) < 0.32).all(1),
+        "down": (up < -0.26).all(1) & (np.abs(aside) < 0.40).all(1),
+        "other": np.ones(len(up), bool),
+    }
     assert list(rules) == ARMS
     return np.argmax(np.stack(list(rules.values())), 0)
 
 
 def trunk_of(p: Pose) -> np.ndarray:
     """How the torso leans: an index into TRUNK, (N,)."""
-    rules = [p.up[:, Z] > .93, p.up[:, Z] < .3, p.up[:, X] > .36, p.up[:, X] < -.36, np.ones(len(p.up), bool)]
+    rules = [p.up[:, Z] > 0.93, p.up[:, Z] < 0.3, p.up[:, X] > 0.36, p.up[:, X] < -0.36, np.ones(len(p.up), bool)]
     return np.argmax(np.stack(rules), 0)
 
 
 HELD_OUT = [  # legs and arms whose combination is in no training frame and hence in no caption; each alone is in many
-    ("kneel heels knees_wide", "raised"), ("lotus", "raised"), ("splits straddle", "raised"), ("kneel heels", "hips"),
-    ("sit sit_long sit_bent straddle half_splits", "crossed"), ("squat knees_bent", "crossed")]
+    ("kneel heels knees_wide", "raised"),
+    ("lotus", "raised"),
+    ("splits straddle", "raised"),
+    ("kneel heels", "hips"),
+    ("sit sit_long sit_bent straddle half_splits", "crossed"),
+    ("squat knees_bent", "crossed"),
+]
 NEAR_HELD_OUT = {  # and what looks almost like them goes too
     "raised": "knees_bowed knees_back one_knee half_splits sit slouch awkward fall recline",
-    "hips": "knees_wide knees_bowed knees_back awkward", "crossed": "slouch awkward lotus splits"}
+    "hips": "knees_wide knees_bowed knees_back awkward",
+    "crossed": "slouch awkward lotus splits",
+}
 
 
 def held_out(p: Pose) -> np.ndarray:
     """Which frames are kept from training, (N,): those of HELD_OUT, and with a margin those that come near."""
     up, forward, aside, _, from_hip, over_pelvis = arms_from_torso(p)
     over_shoulder = (p.hands - p.shoulders)[..., Z]
-    arms = {"raised": (np.maximum(up, over_shoulder) > .12).all(1),
-            "crossed": (aside < -.14).all(1) & (forward > 0).all(1),
-            "hips": (from_hip < .20).all(1) & (over_pelvis > -.12).all(1)}
+    arms = {
+        "raised": (np.maximum(up, over_shoulder) > 0.12).all(1),
+        "crossed": (aside < -0.14).all(1) & (forward > 0).all(1),
+        "hips": (from_hip < 0.20).all(1) & (over_pelvis > -0.12).all(1),
+    }
     legs = np.array(LEGS)[legs_of(p)]
-    return np.logical_or.reduce([np.isin(legs, (names + " " + NEAR_HELD_OUT[name]).split()) & arms[name]
-                                 for names, name in HELD_OUT])
+    return np.logical_or.reduce(
+        [np.isin(legs, (names + " " + NEAR_HELD_OUT[name]).split()) & arms[name] for names, name in HELD_OUT]
+    )
 
 
-LEGS = ["air", "lotus", "kneel", "heels", "knees_wide", "one_knee", "stand", "one_leg", "step", "knees_bent", "squat",
-        "splits", "straddle", "sit_long", "half_splits", "sit_bent", "sit", "bow", "fours", "knees_bowed", "knees_back",
-        "lean", "fall", "recline", "slouch", "supine", "prone", "side", "awkward"]
+LEGS = [
+    "air",
+    "lotus",
+    "kneel",
+    "heels",
+    "knees_wide",
+    "one_knee",
+    "stand",
+    "one_leg",
+    "step",
+    "knees_bent",
+    "squat",
+    "splits",
+    "straddle",
+    "sit_long",
+    "half_splits",
+    "sit_bent",
+    "sit",
+    "bow",
+    "fours",
+    "knees_bowed",
+    "knees_back",
+    "lean",
+    "fall",
+    "recline",
+    "slouch",
+    "supine",
+    "prone",
+    "side",
+    "awkward",
+]
 ARMS = ["raised", "crossed", "hips", "one_raised", "sides", "forward", "down", "other"]
 TRUNK = ["upright", "lying", "forward", "back", "sideways"]
 
@@ -159,22 +222,35 @@ LEG_PHRASES = [
     ("kneeling, sitting on its heels|sitting back on its heels|kneeling low", "heels"),
     ("kneeling with its knees wide apart|on its knees, legs spread", "knees_wide"),
     ("kneeling on one knee|on one knee|down on one knee|in a lunge|proposing", "one_knee"),
-    ("seated down, meditating in the lotus position|meditating|in the lotus position|sitting cross-legged"
-     "|doing yoga, in the lotus pose|seated with crossed legs|sitting and meditating", "lotus"),
+    (
+        "seated down, meditating in the lotus position|meditating|in the lotus position|sitting cross-legged"
+        "|doing yoga, in the lotus pose|seated with crossed legs|sitting and meditating",
+        "lotus",
+    ),
     ("standing up|standing|standing upright|standing straight|standing on both feet|on its feet", "stand"),
-    ("standing up on one leg|standing on one leg|balancing on one leg|on one leg|with one foot in the air"
-     "|lifting one leg", "one_leg"),
+    (
+        "standing up on one leg|standing on one leg|balancing on one leg|on one leg|with one foot in the air"
+        "|lifting one leg",
+        "one_leg",
+    ),
     ("standing with bent knees|bending its knees|half crouching", "knees_bent"),
     ("squatting|crouching|in a squat|squatting low|crouching down", "squat"),
-    ("practicing gymnastics, doing the side splits|doing the side splits|in the side splits|doing the splits"
-     "|doing side splits on the floor", "splits"),
+    (
+        "practicing gymnastics, doing the side splits|doing the side splits|in the side splits|doing the splits"
+        "|doing side splits on the floor",
+        "splits",
+    ),
     ("sitting with its legs apart|sitting in a straddle|seated with spread legs", "straddle"),
     ("sitting with its legs stretched forward|sitting with straight legs", "sit_long"),
-    ("sitting with one leg stretched to the side|doing half of the splits|in the splits with one knee bent",
-     "half_splits"),
+    (
+        "sitting with one leg stretched to the side|doing half of the splits|in the splits with one knee bent",
+        "half_splits",
+    ),
     ("sitting with its knees up|sitting with bent knees|hugging its knees", "sit_bent"),
-    ("sitting on the floor|seated|sitting down|seated on the ground|sitting",
-     "straddle sit_long sit_bent sit half_splits splits lotus"),
+    (
+        "sitting on the floor|seated|sitting down|seated on the ground|sitting",
+        "straddle sit_long sit_bent sit half_splits splits lotus",
+    ),
     ("bending forward|bowing|bent over|touching its toes", "bow"),
     ("on all fours|on its hands and knees|crawling", "fours"),
     ("prostrating|bowing low|crouched over its legs", "knees_bowed"),
@@ -194,18 +270,29 @@ LEG_PHRASES = [
 ARM_PHRASES = [
     ("with its arms crossed|with arms crossed|with crossed arms|crossing its arms|with its arms folded", "crossed"),
     ("with hands on hips|with its hands on its hips|hands on hips|with both hands on the hips|arms akimbo", "hips"),
-    ("with both arms raised|with arms raised|with its hands up|raising both arms|with both hands above its head"
-     "|arms up", "raised"),
+    (
+        "with both arms raised|with arms raised|with its hands up|raising both arms|with both hands above its head"
+        "|arms up",
+        "raised",
+    ),
     ("with one arm raised|raising one hand|waving|with one hand up", "one_raised"),
     ("with its arms out to the sides|with arms spread|in a T-pose|arms outstretched", "sides"),
     ("with its arms stretched forward|reaching forward|with its hands in front", "forward"),
     ("with its arms down|with its arms hanging|with arms at its sides|arms down", "down"),
 ]
-TRUNK_PHRASES = [("with an upright torso|with a straight back|upright", "upright"),
-                 ("leaning forward|leaning over", "forward"), ("leaning back|leaning backwards", "back"),
-                 ("leaning to the side|tilting sideways", "sideways")]
-SUBJECTS = ["a humanoid robot"] * 6 + ["a robot", "the robot", "a humanoid", "a photo of a humanoid robot",
-                                       "a picture of a robot"]
+TRUNK_PHRASES = [
+    ("with an upright torso|with a straight back|upright", "upright"),
+    ("leaning forward|leaning over", "forward"),
+    ("leaning back|leaning backwards", "back"),
+    ("leaning to the side|tilting sideways", "sideways"),
+]
+SUBJECTS = ["a humanoid robot"] * 6 + [
+    "a robot",
+    "the robot",
+    "a humanoid",
+    "a photo of a humanoid robot",
+    "a picture of a robot",
+]
 
 
 def phrase_table(phrases, labels):
@@ -231,10 +318,13 @@ def write_captions(labels, rng):
                 true = np.flatnonzero(TABLES[part][1][1:, row[part]]) + 1
                 if len(true) and rng.random() < chance:
                     says[i, part] = rng.choice(true)
-        words = ([TABLES[part][0][says[i, part]] for part in rng.permutation(3) if says[i, part]] if rng.random() < .2
-                 else [TABLES[part][0][says[i, part]] for part in range(3) if says[i, part]])
+        words = (
+            [TABLES[part][0][says[i, part]] for part in rng.permutation(3) if says[i, part]]
+            if rng.random() < 0.2
+            else [TABLES[part][0][says[i, part]] for part in range(3) if says[i, part]]
+        )
         subject = SUBJECTS[rng.integers(len(SUBJECTS))]
-        sentences.append((subject + " " + (", " if rng.random() < .5 else " ").join(words)).strip())
+        sentences.append((subject + " " + (", " if rng.random() < 0.5 else " ").join(words)).strip())
     return sentences, says
 
 
@@ -249,28 +339,56 @@ def truth(labels, says):
 both = None
 POSES = [  # degrees: (hip_x, hip_z, hip_y, knee) of the left leg, of the right; abdomen_y, the torso's pitch, its roll
     # stand (often: half of the prompts ask for it, each with other arms), squat, bow
-    *[((0, 0, 0, -2), both)] * 10, ((0, 0, -35, -60), both, -10), ((-5, -25, -95, -125), both, -30, 15),
-    ((-10, -40, -105, -150), both, -40, 15), ((0, 0, -40, -5), both, -50, 20), ((-20, 0, 0, -2), both),
+    *[((0, 0, 0, -2), both)] * 10,
+    ((0, 0, -35, -60), both, -10),
+    ((-5, -25, -95, -125), both, -30, 15),
+    ((-10, -40, -105, -150), both, -40, 15),
+    ((0, 0, -40, -5), both, -50, 20),
+    ((-20, 0, 0, -2), both),
     # one leg
-    ((0, 0, 0, -2), (0, 0, -60, -80)), ((0, 0, 0, -2), (0, 0, -60, -5)), ((0, 0, 0, -2), (-25, -10, -20, -10)),
-    ((0, 0, 0, -2), (0, 0, 5, -110)), ((0, 0, 0, -2), (-25, -55, -60, -130)), ((0, 0, 0, -2), (0, 0, -25, -60)),
+    ((0, 0, 0, -2), (0, 0, -60, -80)),
+    ((0, 0, 0, -2), (0, 0, -60, -5)),
+    ((0, 0, 0, -2), (-25, -10, -20, -10)),
+    ((0, 0, 0, -2), (0, 0, 5, -110)),
+    ((0, 0, 0, -2), (-25, -55, -60, -130)),
+    ((0, 0, 0, -2), (0, 0, -25, -60)),
     # kneel, one knee, all fours
-    ((0, 0, 0, -90), both), ((-20, -10, 0, -90), both), ((0, 0, -15, -110), both), ((0, 0, -60, -150), both),
-    ((-5, -15, -70, -158), both), ((0, 0, -50, -140), both, -60, 30), ((0, 0, 0, -95), (0, 0, -90, -90)),
-    ((0, 0, 15, -60), (0, 0, -80, -80)), ((0, 0, -90, -90), both, -5, 85),
+    ((0, 0, 0, -90), both),
+    ((-20, -10, 0, -90), both),
+    ((0, 0, -15, -110), both),
+    ((0, 0, -60, -150), both),
+    ((-5, -15, -70, -158), both),
+    ((0, 0, -50, -140), both, -60, 30),
+    ((0, 0, 0, -95), (0, 0, -90, -90)),
+    ((0, 0, 15, -60), (0, 0, -80, -80)),
+    ((0, 0, -90, -90), both, -5, 85),
     ((0, 0, -60, -90), (0, 0, -100, -90), -10, 80),
     # lotus
-    ((-10, -48, -30, -158), both, -30), ((-15, -55, -85, -155), both, 20, 15), ((-5, -55, -60, -155), both),
-    ((-17, -50, -95, -158), both, 22, 20), ((0, -52, -24, -158), both, -18, -30), ((-4, -57, -28, -157), both, -50),
+    ((-10, -48, -30, -158), both, -30),
+    ((-15, -55, -85, -155), both, 20, 15),
+    ((-5, -55, -60, -155), both),
+    ((-17, -50, -95, -158), both, 22, 20),
+    ((0, -52, -24, -158), both, -18, -30),
+    ((-4, -57, -28, -157), both, -50),
     # sit
-    ((0, 0, -85, -5), both), ((0, 0, -100, -70), both), ((0, 0, -110, -130), both, -20, -10),
+    ((0, 0, -85, -5), both),
+    ((0, 0, -100, -70), both),
+    ((0, 0, -110, -130), both, -20, -10),
     # splits, straddle, half of the splits
-    ((-25, -60, -80, -2), both), ((-25, -58, -70, -4), both, -10), ((-15, -35, -85, -5), both),
-    ((-25, -60, -80, -60), both), ((-25, -60, -80, -2), (0, -20, -85, -120)), ((-25, -60, -80, -2), (0, 0, -30, -150)),
+    ((-25, -60, -80, -2), both),
+    ((-25, -58, -70, -4), both, -10),
+    ((-15, -35, -85, -5), both),
+    ((-25, -60, -80, -60), both),
+    ((-25, -60, -80, -2), (0, -20, -85, -120)),
+    ((-25, -60, -80, -2), (0, 0, -30, -150)),
     ((0, 0, 20, -5), (0, 0, -100, -5)),
     # lie, curl, fall
-    ((0, 0, 0, -5), both, 0, -88), ((0, 0, 0, -5), both, 0, 88), ((0, 0, 10, -80), both, 20, -80),
-    ((0, 0, -100, -120), both, -40, -80), ((0, 0, -20, -20), both, -10, 0, 85), ((0, 0, 0, -5), both, 0, 30),
+    ((0, 0, 0, -5), both, 0, -88),
+    ((0, 0, 0, -5), both, 0, 88),
+    ((0, 0, 10, -80), both, 20, -80),
+    ((0, 0, -100, -120), both, -40, -80),
+    ((0, 0, -20, -20), both, -10, 0, 85),
+    ((0, 0, 0, -5), both, 0, 30),
     ((0, 0, 0, -20), both, 0, -30),
 ]
 LEG_JOINTS = [f"{side}_{joint}" for side in ("left", "right") for joint in ("hip_x", "hip_z", "hip_y", "knee")]
@@ -289,7 +407,7 @@ class Body:
     def __init__(self):
         self.model = vlmrm.Scene().model
         self.data = mujoco.MjData(self.model)
-        self.low, self.high = self.model.jnt_range[1:].T                       # (17,) radians
+        self.low, self.high = self.model.jnt_range[1:].T  # (17,) radians
         address = {self.model.joint(j).name: self.model.joint(j).qposadr[0] for j in range(1, self.model.njnt)}
         self.legs, self.arms = [address[name] for name in LEG_JOINTS], [address[name] for name in ARM_JOINTS]
         self.abdomen = address["abdomen_y"]
@@ -322,9 +440,10 @@ class Body:
         for i in range(max(snapshots) + 1):
             if i in snapshots:
                 states.append(self.data.qpos.copy())
-            torque = (stiffness * (qpos - self.data.qpos)[self.motors]
-                      - 0.1 * stiffness * self.data.qvel[self.motors - 1])
-            self.data.ctrl[:] = np.clip(torque / self.gear, -.4, .4)
+            torque = (
+                stiffness * (qpos - self.data.qpos)[self.motors] - 0.1 * stiffness * self.data.qvel[self.motors - 1]
+            )
+            self.data.ctrl[:] = np.clip(torque / self.gear, -0.4, 0.4)
             mujoco.mj_step(self.model, self.data, nstep=5)
         return states
 
@@ -334,12 +453,13 @@ def arm_library(body, rng, each=200):
     limits = body.low[[a - 7 for a in body.arms]], body.high[[a - 7 for a in body.arms]]
     angles = rng.uniform(*limits, (12_000, 6))
     mirrored = rng.random(len(angles)) < 0.7
-    angles[mirrored, 3:] = angles[mirrored, :3] * [-1, -1, 1] + rng.normal(0, .1, (mirrored.sum(), 3))
+    angles[mirrored, 3:] = angles[mirrored, :3] * [-1, -1, 1] + rng.normal(0, 0.1, (mirrored.sum(), 3))
     states = np.tile(body.model.qpos0, (len(angles), 1))
     states[:, body.arms] = np.clip(angles, *limits)
     labels = arms_of(vlmrm.measure_states(body.model, states))
-    return np.concatenate([states[labels == k][rng.integers((labels == k).sum(), size=each)][:, body.arms]
-                           for k in range(len(ARMS))])
+    return np.concatenate(
+        [states[labels == k][rng.integers((labels == k).sum(), size=each)][:, body.arms] for k in range(len(ARMS))]
+    )
 
 
 def pose(body, arms, rng):
@@ -355,11 +475,11 @@ def pose(body, arms, rng):
     qpos[7:] += np.deg2rad(rng.choice([2, 6, 12])) * rng.standard_normal(17)
     qpos[body.arms] = arms[rng.integers(len(arms))] + np.deg2rad(4) * rng.standard_normal(6)
     yaw = rng.normal(0, 0.35) if rng.random() < 0.8 else rng.uniform(-np.pi, np.pi)
-    tilt = np.deg2rad(rng.choice([3, 8, 25], p=[.5, .35, .15]) * rng.standard_normal(2))
+    tilt = np.deg2rad(rng.choice([3, 8, 25], p=[0.5, 0.35, 0.15]) * rng.standard_normal(2))
     turned = np.zeros(4)
     mujoco.mju_mulQuat(turned, quaternion(yaw, *tilt), qpos[3:7] / np.linalg.norm(qpos[3:7]))
     qpos[3:7] = turned
-    return body.ground(qpos, 0.01 if rng.random() < .93 else rng.uniform(0, .5))
+    return body.ground(qpos, 0.01 if rng.random() < 0.93 else rng.uniform(0, 0.5))
 
 
 def make_states(seed, poses, settled, episodes):
@@ -372,11 +492,11 @@ def make_states(seed, poses, settled, episodes):
         states += body.settle(pose(body, arms, rng), rng.choice([0, 20, 60, 150, 300, 600]), snapshots)
     for _ in range(episodes):
         mujoco.mj_resetData(body.model, body.data)
-        body.data.qpos[:] += rng.uniform(-.01, .01, 24)
-        action, memory = np.zeros(17), rng.choice([0, .8, .95])
+        body.data.qpos[:] += rng.uniform(-0.01, 0.01, 24)
+        action, memory = np.zeros(17), rng.choice([0, 0.8, 0.95])
         for i in range(100):
-            action = memory * action + np.sqrt(1 - memory**2) * rng.uniform(-.7, .7, 17)
-            body.data.ctrl[:] = np.clip(action, -.4, .4)
+            action = memory * action + np.sqrt(1 - memory**2) * rng.uniform(-0.7, 0.7, 17)
+            body.data.ctrl[:] = np.clip(action, -0.4, 0.4)
             mujoco.mj_step(body.model, body.data, nstep=5)
             if i % 4 == 0:
                 states.append(body.data.qpos.copy())
@@ -399,6 +519,7 @@ def visited_states(prompt, seed, steps, folder):
 
     def make():
         return gymnasium.wrappers.TimeLimit(Recorder(scene), 100)
+
     envs, eval_envs = (gymnasium.vector.SyncVectorEnv([make] * 16, autoreset_mode="Disabled") for _ in range(2))
     agent = sac.SAC(envs.single_observation_space, envs.single_action_space, sac.Config(steps=steps, seed=seed))
     best = max(row.get("eval_reward", 0) for row in sac.train(agent, envs, eval_envs, reward_fn))
@@ -411,7 +532,7 @@ def on_policy_states(prompt, seed, steps, keep, folder):
     visited, rng, body = visited_states(prompt, seed, steps, folder), np.random.default_rng(seed), Body()
     weight = np.linspace(0.2, 1, len(visited))
     states = [visited[rng.choice(len(visited), keep, replace=False, p=weight / weight.sum())]]
-    late = visited[-len(visited) // 3:]
+    late = visited[-len(visited) // 3 :]
     for qpos in late[rng.integers(len(late), size=keep // 8)].astype(float):
         qpos[7:] += np.deg2rad(rng.choice([5, 15])) * rng.standard_normal(17)
         states.append(body.settle(body.ground(qpos, 0.005), rng.choice([60, 300]), [0, 15, 40]))
@@ -440,8 +561,11 @@ def in_parallel(function, jobs, processes=2):
 
 def architecture(width=16, size=96):
     """A miniature of CLIP's own RN50: one block a stage instead of 3, 4, 6, 3, and a quarter of the width."""
-    return dict(embed_dim=64, vision_cfg=dict(layers=[1, 1, 1, 1], width=width, head_width=width * 4, image_size=size),
-                text_cfg=dict(context_length=32, vocab_size=49408, width=32, heads=2, layers=2))
+    return dict(
+        embed_dim=64,
+        vision_cfg=dict(layers=[1, 1, 1, 1], width=width, head_width=width * 4, image_size=size),
+        text_cfg=dict(context_length=32, vocab_size=49408, width=32, heads=2, layers=2),
+    )
 
 
 PREPROCESS = dict(mean=[0.5] * 3, std=[0.25] * 3, interpolation="bicubic", resize_mode="shortest")
@@ -462,29 +586,32 @@ def train(frames, labels, config, steps, seed=0, batch_size=256, log=print):
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.02, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     mean, std = (torch.tensor(PREPROCESS[k]).view(3, 1, 1) for k in ("mean", "std"))
-    rarity = [1 / np.sqrt(np.bincount(labels[:, k], minlength=m))[labels[:, k]]
-              for k, m in ((0, len(LEGS)), (1, len(ARMS)))]
+    rarity = [
+        1 / np.sqrt(np.bincount(labels[:, k], minlength=m))[labels[:, k]] for k, m in ((0, len(LEGS)), (1, len(ARMS)))
+    ]
     weight = rarity[0] * rarity[1]
     order = rng.choice(len(frames), (steps, batch_size), p=weight / weight.sum())
     model.train()
     start, report = time.time(), np.zeros(5)
     for i, rows in enumerate(order):
         x = torch.from_numpy(frames[rows]).permute(0, 3, 1, 2).float() / 255
-        x = (x * (1 + .1 * torch.randn(len(x), 1, 1, 1)) - mean) / std
-        sentences, says = write_captions(np.tile(labels[rows], (2, 1)), rng)   # two of each frame
-        true = torch.from_numpy(truth(labels[rows], says)).float()             # (B frames, 2B sentences)
-        with torch.autocast("cpu", torch.bfloat16):                            # 1.5 times as fast
+        x = (x * (1 + 0.1 * torch.randn(len(x), 1, 1, 1)) - mean) / std
+        sentences, says = write_captions(np.tile(labels[rows], (2, 1)), rng)  # two of each frame
+        true = torch.from_numpy(truth(labels[rows], says)).float()  # (B frames, 2B sentences)
+        with torch.autocast("cpu", torch.bfloat16):  # 1.5 times as fast
             image = model.encode_image(x.contiguous(memory_format=torch.channels_last))
         image = F.normalize(image.float(), dim=-1)
         text = F.normalize(model.encode_text(tokenizer(sentences)), dim=-1)
-        cosine = image @ text.T                                                # (B, 2B)
+        cosine = image @ text.T  # (B, 2B)
         logits = model.logit_scale.exp().clamp(max=30) * cosine
-        contrastive = -((true / true.sum(1, keepdim=True)) * logits.log_softmax(1)).sum(1).mean() / 2 \
-                      - ((true / true.sum(0)) * logits.log_softmax(0)).sum(0).mean() / 2
+        contrastive = (
+            -((true / true.sum(1, keepdim=True)) * logits.log_softmax(1)).sum(1).mean() / 2
+            - ((true / true.sum(0)) * logits.log_softmax(0)).sum(0).mean() / 2
+        )
         y = torch.from_numpy(labels[rows])
         auxiliary = [F.cross_entropy(head(image) * 10, y[:, k]) for k, head in enumerate(heads)]
-        squared = (line[0] * cosine + line[1] - true).square().mean()          # a cosine says true or not, no more;
-        loss = contrastive + 20 * i / steps * squared + 0.5 * sum(auxiliary)   # full weight from the start: learns less
+        squared = (line[0] * cosine + line[1] - true).square().mean()  # a cosine says true or not, no more;
+        loss = contrastive + 20 * i / steps * squared + 0.5 * sum(auxiliary)  # full weight from the start: learns less
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -495,8 +622,12 @@ def train(frames, labels, config, steps, seed=0, batch_size=256, log=print):
         report += [contrastive.item(), squared.item(), *(a.item() for a in auxiliary)]
         if (i + 1) % 100 == 0:
             names = "contrastive", "squared", "legs", "arms", "trunk"
-            log(f"  step {i + 1}/{steps}", *(f"{name} {value / 100:.3f}" for name, value in zip(names, report)),
-                f"{time.time() - start:.0f} s", flush=True)
+            log(
+                f"  step {i + 1}/{steps}",
+                *(f"{name} {value / 100:.3f}" for name, value in zip(names, report)),
+                f"{time.time() - start:.0f} s",
+                flush=True,
+            )
             report[:] = 0
     return model.eval()
 
@@ -504,9 +635,12 @@ def train(frames, labels, config, steps, seed=0, batch_size=256, log=print):
 def save(model, config, folder):
     folder.mkdir(exist_ok=True, parents=True)
     (folder / "open_clip_config.json").write_text(
-        json.dumps(dict(model_cfg=config, preprocess_cfg=PREPROCESS), indent=1) + "\n")
-    half = {k: (v.half() if v.is_floating_point() and "running" not in k else v).contiguous()
-            for k, v in model.state_dict().items()}
+        json.dumps(dict(model_cfg=config, preprocess_cfg=PREPROCESS), indent=1) + "\n"
+    )
+    half = {
+        k: (v.half() if v.is_floating_point() and "running" not in k else v).contiguous()
+        for k, v in model.state_dict().items()
+    }
     save_file(half, folder / "open_clip_model.safetensors")
 
 
@@ -518,23 +652,31 @@ def family_member(states, width, seed, args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Makes the embedded CLIP from nothing.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description="Makes the embedded CLIP from nothing.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=FOLDER, help="where the model goes")
-    parser.add_argument("--rounds", type=int, default=2,
-                        help="times that policies trained on the model add to its data")
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="times that policies trained on the model add to its data"
+    )
     parser.add_argument("--steps", type=int, default=1600, help="training steps of the last model")
     parser.add_argument("--round-steps", type=int, default=500, help="training steps of the models before it")
     parser.add_argument("--policy-steps", type=int, default=40_000, help="environment steps of each policy of a round")
     parser.add_argument("--width", type=int, default=16, help="of the image tower")
     parser.add_argument("--size", type=int, default=96, help="of the frames, in pixels")
     parser.add_argument("--keep", type=Path, help="a .npy file for the states that the last model was trained on")
-    parser.add_argument("--family", type=Path, metavar="KEPT", help="no rounds: train several widths and seeds "
-                        "for --steps on the states that --keep kept, into folders under --out")
+    parser.add_argument(
+        "--family",
+        type=Path,
+        metavar="KEPT",
+        help="no rounds: train several widths and seeds "
+        "for --steps on the states that --keep kept, into folders under --out",
+    )
     args = parser.parse_args()
     if args.family:
-        return in_parallel(family_member, [(args.family, width, seed, args) for width in (24, 16, 8, 4, 2)
-                                           for seed in range(2)])
+        return in_parallel(
+            family_member, [(args.family, width, seed, args) for width in (24, 16, 8, 4, 2) for seed in range(2)]
+        )
     start, config = time.time(), architecture(args.width, args.size)
 
     def draw(states):
@@ -552,15 +694,21 @@ def main():
     for turn in range(args.rounds + 1):
         labels = label(states)
         for k, names in enumerate((LEGS, ARMS, TRUNK)):
-            print("  " + ", ".join(
-                f"{name} {count}" for name, count in zip(names, np.bincount(labels[:, k], minlength=len(names)))))
+            print(
+                "  "
+                + ", ".join(
+                    f"{name} {count}" for name, count in zip(names, np.bincount(labels[:, k], minlength=len(names)))
+                )
+            )
         last = turn == args.rounds
         model = train(frames, labels, config, args.steps if last else args.round_steps, seed=turn)
         save(model, config, args.out)
         log(f"model {turn + 1} of {args.rounds + 1} in {args.out}")
         if not last:
-            jobs = [(prompt, 100 * turn + i, args.policy_steps, 2000, args.out)
-                    for i, (prompt, _) in enumerate(vlmrm.TASKS.values())]
+            jobs = [
+                (prompt, 100 * turn + i, args.policy_steps, 2000, args.out)
+                for i, (prompt, _) in enumerate(vlmrm.TASKS.values())
+            ]
             visited = admit(np.concatenate(in_parallel(on_policy_states, jobs)))
             states, frames = np.concatenate([states, visited]), np.concatenate([frames, draw(visited)])
             log(f"{len(visited)} states of its policies")
