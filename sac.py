@@ -284,7 +284,7 @@ def rollout(envs: VectorEnv, act: Callable, steps: int, reward_fn: Callable | No
 def evaluate(
     envs: VectorEnv, act: Callable, reward_fn: Callable | None, episodes: int, seed: int, episode_steps: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean reward of each episode, (episodes,), and success at each step, (episodes, episode_steps).
+    """The reward and the success at each step, (episodes, episode_steps) both.
 
     Episodes start from seeds seed, seed + 1, ..., and are episode_steps long: only truncation ends them. Several
     processes share the episodes and each gets all results.
@@ -293,7 +293,7 @@ def evaluate(
     rewards, successes = [], []
     for first in range(0, episodes, world * envs.num_envs):
         _, _, reward, _, _, success = rollout(envs, act, episode_steps, reward_fn, seed + first + rank * envs.num_envs)
-        rewards.extend(gather(reward.mean(0)))
+        rewards.extend(gather(reward.T))
         successes.extend(gather(success.T))
     return np.array(rewards[:episodes]), np.array(successes[:episodes])
 

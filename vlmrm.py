@@ -376,7 +376,9 @@ def measure(model: mujoco.MjModel, data: mujoco.MjData) -> Pose:
 
 
 def measure_states(model: mujoco.MjModel, states: np.ndarray) -> Pose:
-    """qpos (N, 24) -> a Pose of (N, ...) arrays."""
+    """qpos (N, 24) -> a Pose of (N, ...) arrays. Raises ValueError for other shapes, and for none."""
+    if np.ndim(states) != 2 or np.shape(states)[1] != model.nq or not len(states):
+        raise ValueError(f"states are {np.shape(states)}; they have to be (N, {model.nq}), and not empty")
     data, poses = mujoco.MjData(model), []
     for data.qpos[:] in states:
         poses.append(measure(model, data))
@@ -445,14 +447,6 @@ def standing(p: Pose) -> dict:
     }
 
 
-def arms_raised(p: Pose) -> dict:
-    """Standing, both hands above the top of the head."""
-    return {
-        "standing": holds(standing, p),
-        "hands above the head": (p.hands[..., Z] > p.head[..., Z, None] + 0.09).all(-1),
-    }
-
-
 def splits(p: Pose) -> dict:
     """On the floor, both legs straight along it and each more than 45 degrees to its own side, torso upright."""
     leg, thigh, shin = p.feet - p.hips, p.knees - p.hips, p.feet - p.knees
@@ -462,17 +456,6 @@ def splits(p: Pose) -> dict:
         "on the floor": (p.pelvis[..., Z] < 0.22) & (p.feet[..., Z] < 0.25).all(-1),
         "legs straight": ((thigh * shin).sum(-1) > 0.87 * lengths).all(-1),  # bent by less than 30 degrees
         "legs to the sides": (leg[..., Y] * SIDES > np.abs(leg[..., X])).all(-1),
-    }
-
-
-def hands_on_hips(p: Pose) -> dict:
-    """Standing, each hand within 15 cm of its side of the pelvis and not hanging below it, elbows further out."""
-    hip = p.pelvis[..., None, :] + np.array([[0, 0.2, 0], [0, -0.2, 0]])
-    return {
-        "standing": holds(standing, p),
-        "hands on the hips": (np.linalg.norm(p.hands - hip, axis=-1) < 0.15).all(-1)
-        & (p.hands[..., Z] > p.pelvis[..., Z, None] - 0.08).all(-1)
-        & ((p.elbows - p.hands)[..., Y] * SIDES > 0).all(-1),
     }
 
 
@@ -486,17 +469,31 @@ def one_leg(p: Pose) -> dict:
     }
 
 
-def arms_crossed(p: Pose) -> dict:
-    """Standing, forearms really crossed before the chest: each hand past the middle, and further than its elbow."""
-    return {
-        "standing": holds(standing, p),
-        "forearms crossed": (p.hands[..., Y] * SIDES < -0.04).all(-1)
-        & ((p.elbows - p.hands)[..., Y] * SIDES > 0).all(-1),
-        "before the chest": (p.hands[..., X] > 0.05).all(-1)
-        & (p.hands[..., Z] < p.shoulders[..., Z] + 0.05).all(-1)
-        & (p.hands[..., Z] > p.pelvis[..., Z, None] + 0.1).all(-1)
-        & (np.abs(p.hands[..., 0, Z] - p.hands[..., 1, Z]) < 0.2),
-    }
+def raised(p: Pose) -> dict:
+    """Both hands above the top of the head."""
+    return {"hands above the head": (p.hands[..., Z] > p.head[..., Z, None] + 0.09).all(-1)}
+
+
+def on_hips(p: Pose) -> dict:
+    """Each hand within 15 cm of its side of the pelvis and not hanging below it, elbows further out."""
+    hip = p.pelvis[..., None, :] + np.array([[0, 0.2, 0], [0, -0.2, 0]])
+    near = np.linalg.norm(p.hands - hip, axis=-1) < 0.15
+    high = p.hands[..., Z] > p.pelvis[..., Z, None] - 0.08
+    return {"hands on the hips": (near & high & ((p.elbows - p.hands)[..., Y] * SIDES > 0)).all(-1)}
+
+
+def crossed(p: Pose) -> dict:
+    """Forearms really crossed before the chest: each hand past the middle, and further than its elbow."""
+    past = (p.hands[..., Y] * SIDES < -0.04) & ((p.elbows - p.hands)[..., Y] * SIDES > 0)
+    low, high = p.pelvis[..., Z, None] + 0.1, p.shoulders[..., Z] + 0.05
+    before = (p.hands[..., X] > 0.05) & (p.hands[..., Z] > low) & (p.hands[..., Z] < high)
+    level = np.abs(p.hands[..., 0, Z] - p.hands[..., 1, Z]) < 0.2
+    return {"forearms crossed": past.all(-1), "before the chest": before.all(-1) & level}
+
+
+def both(body: Condition, arms: Condition) -> Condition:
+    """The one and the other; to miss the body's is one miss, however many of its parts do not hold."""
+    return lambda p: {body.__name__: holds(body, p)} | arms(p)
 
 
 BASELINE_PROMPT = "a humanoid robot"  # for all eight tasks
@@ -504,12 +501,21 @@ TASKS: dict[str, tuple[str, Condition]] = {  # name: (goal prompt, success condi
     "kneeling": ("a humanoid robot kneeling", kneeling),
     "lotus": ("a humanoid robot seated down, meditating in the lotus position", lotus),
     "standing": ("a humanoid robot standing up", standing),
-    "arms-raised": ("a humanoid robot standing up, with both arms raised", arms_raised),
+    "arms-raised": ("a humanoid robot standing up, with both arms raised", both(standing, raised)),
     "splits": ("a humanoid robot practicing gymnastics, doing the side splits", splits),
-    "hands-on-hips": ("a humanoid robot standing up with hands on hips", hands_on_hips),
+    "hands-on-hips": ("a humanoid robot standing up with hands on hips", both(standing, on_hips)),
     "one-leg": ("a humanoid robot standing up on one leg", one_leg),
-    "arms-crossed": ("a humanoid robot standing up, with its arms crossed", arms_crossed),
+    "arms-crossed": ("a humanoid robot standing up, with its arms crossed", both(standing, crossed)),
 }
+
+
+COMPOSITIONS: dict[str, tuple[str, Condition]] = {  # of body and arms, each of which tinyclip was shown, but never both
+    "kneeling-arms-raised": ("a humanoid robot kneeling, with both arms raised", both(kneeling, raised)),
+    "splits-arms-raised": ("a humanoid robot doing the side splits, with both arms raised", both(splits, raised)),
+    "splits-arms-crossed": ("a humanoid robot doing the side splits, with its arms crossed", both(splits, crossed)),
+    "lotus-arms-raised": ("a humanoid robot in the lotus position, with both arms raised", both(lotus, raised)),
+}
+JUDGED = TASKS | COMPOSITIONS
 
 
 class Humanoid(HumanoidEnv):
@@ -618,6 +624,17 @@ def pose_path(model: mujoco.MjModel, start: np.ndarray, goal: np.ndarray, count:
         data.qpos[2] -= lowest_point(model, data)
         path.append(data.qpos.copy())
     return np.array(path)
+
+
+def goal_states(task: str) -> np.ndarray:
+    """Scripted poses that meet the task's condition, qpos (N, 24); a composition's have another pose's arms."""
+    with np.load(EVALUATION_STATES) as file:
+        states = file["states"][np.char.startswith(file["origin"], "scripted")].astype(float)
+    model, condition = Scene().model, JUDGED[task][1]
+    if task in COMPOSITIONS:
+        states, rng = np.repeat(states, 8, 0), np.random.default_rng(0)
+        states[:, 18:] = states[rng.permutation(len(states)), 18:]
+    return states[holds(condition, measure_states(model, states))]
 
 
 def embed_states(clip: CLIP, scene: Scene, states: np.ndarray, bar: tqdm) -> Tensor:
@@ -821,7 +838,7 @@ def plot_epic(out: Path, rows: list[dict], middle: float):
 # 6. The command line
 
 
-def plot_curve(rows: list[dict], prompt: str, path: Path):
+def plot_curve(rows: list[dict], prompt: str, goal_reward: float | None, path: Path):
     """CLIP reward beside the independent success rate: where only the first rises, the policy hacks the reward."""
     judged = [row for row in rows if "eval_reward" in row]
     figure, (left,) = panels(1, f'"{prompt}"', xlabel="environment steps", ylabel="mean CLIP reward of a step")
@@ -834,6 +851,8 @@ def plot_curve(rows: list[dict], prompt: str, path: Path):
         (right, "eval_success_held", "C1:", judged, "success (held through the last 20)"),
     ):
         axis.plot([row["steps"] for row in some], [row[key] for row in some], style, ms=3, label=label)
+    if goal_reward is not None:
+        left.axhline(goal_reward, color="C0", ls=":", label="CLIP reward of true goal poses")
     figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     with sac.whole(path) as file:
         figure.savefig(file, dpi=120)
@@ -907,8 +926,10 @@ def train(args: argparse.Namespace):
             device = f"cuda:{local % gpus}"
             torch.cuda.set_device(device)
         torch.distributed.init_process_group("nccl" if device != "cpu" and here <= gpus else "gloo")  # a GPU for each
-    task = args.task or (next((t for t in TASKS if args.prompt == [TASKS[t][0]]), None) if args.prompt else "kneeling")
-    prompt, condition = args.prompt or [TASKS[task][0]], TASKS[task][1] if task else None
+    task = args.task or (
+        next((t for t in JUDGED if args.prompt == [JUDGED[t][0]]), None) if args.prompt else "kneeling"
+    )
+    prompt, condition = args.prompt or [JUDGED[task][0]], JUDGED[task][1] if task else None
     baseline = args.baseline or [BASELINE_PROMPT]
     name = task or "-".join("".join(c if c.isalnum() else " " for c in prompt[0].lower()).split())[:60]
     name += f"-{short(args.model)}" * (args.model != EMBEDDED_CLIP) + f"-alpha{args.alpha:g}" * (args.alpha != 0.5)
@@ -982,11 +1003,13 @@ def train(args: argparse.Namespace):
         torch.distributed.destroy_process_group()
     if rank > 0:
         return
-    plot_curve(rows, prompt[0], out / "curve.png")
+    goal_reward = float(reward_fn(render_states(scene, goal_states(task))).mean()) if condition else None
+    plot_curve(rows, prompt[0], goal_reward, out / "curve.png")
     record_video(agent.best_action, camera, args.look, out / "video.gif", config.round_steps)
     steps = int(rows[-1]["steps"])
     result = dict(prompt=prompt, task=task, model=args.model, alpha=args.alpha, seed=args.seed, steps=steps)
     result |= dict(episodes=args.episodes, success=half, success_held=held, reward=float(rewards.mean()))
+    result |= dict(reward_at_the_end=float(rewards[:, -20:].mean()), reward_of_goal_poses=goal_reward)
     result |= dict(references=references, seconds=None if args.resume else round(time.time() - start, 1))
     with sac.whole(out / "result.json", "w") as file:
         file.write(json.dumps(result, indent=1) + "\n")
@@ -1051,7 +1074,7 @@ def parser() -> argparse.ArgumentParser:
     group = command.add_argument_group("the task")
     add(group, "prompt", "the goal in a sentence, or in several to be averaged", nargs="*")
     meaning = "one of the paper's: its prompt (unless you give another) and its success condition. Without a prompt: "
-    add(group, "--task", meaning + "kneeling", choices=TASKS)
+    add(group, "--task", meaning + "kneeling", choices=JUDGED)
     add(group, "--alpha", "strength of the projection, from 0 (plain CLIP) to 1", type=float, default=0.5)
     add_clip(command.add_argument_group("the CLIP"))
     group = command.add_argument_group("the scene")

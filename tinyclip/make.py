@@ -8,7 +8,8 @@ and its scores say nothing about the paper's models, which never saw this robot.
     2. captions   computed from each state by geometry, so that any frame, however odd, has a true sentence
     3. training   contrastive, like CLIP's; but in a batch, every sentence that is true of a frame is a positive. And
                   the cosine of a frame and a sentence is pulled towards one value if it is true, another if not
-    4. rounds     SAC trains on the model's own rewards for the eight prompts; where those policies went, exploits
+    4. found      if found.npy is there: states of policies that an earlier model had misled in long trainings
+    5. rounds     SAC trains on the model's own rewards for the eight prompts; where those policies went, exploits
                   included, joins the data with true captions, and the model is trained again from nothing
 
 Six combinations, such as kneeling with raised arms, are kept from all of it (HELD_OUT): sentences to try it on.
@@ -36,6 +37,7 @@ from safetensors.torch import save_file
 from vlmrm import SIDES, X, Y, Z, Pose
 
 FOLDER = Path(__file__).parent
+FOUND = FOLDER / "found.npy"
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Captions. Each frame gets three labels, each of them a list of sentences that are true of it.
@@ -161,8 +163,8 @@ HELD_OUT = [  # legs and arms whose combination is in no training frame and henc
 ]
 NEAR_HELD_OUT = {  # and what looks almost like them goes too
     "raised": "knees_bowed knees_back one_knee half_splits sit slouch awkward fall recline",
-    "hips": "knees_wide knees_bowed knees_back awkward",
-    "crossed": "slouch awkward lotus splits",
+    "hips": "knees_wide knees_bowed knees_back awkward fall",
+    "crossed": "slouch awkward lotus splits recline",
 }
 
 
@@ -181,37 +183,10 @@ def held_out(p: Pose) -> np.ndarray:
     )
 
 
-LEGS = [
-    "air",
-    "lotus",
-    "kneel",
-    "heels",
-    "knees_wide",
-    "one_knee",
-    "stand",
-    "one_leg",
-    "step",
-    "knees_bent",
-    "squat",
-    "splits",
-    "straddle",
-    "sit_long",
-    "half_splits",
-    "sit_bent",
-    "sit",
-    "bow",
-    "fours",
-    "knees_bowed",
-    "knees_back",
-    "lean",
-    "fall",
-    "recline",
-    "slouch",
-    "supine",
-    "prone",
-    "side",
-    "awkward",
-]
+LEGS = (
+    "air lotus kneel heels knees_wide one_knee stand one_leg step knees_bent squat splits straddle sit_long "
+    "half_splits sit_bent sit bow fours knees_bowed knees_back lean fall recline slouch supine prone side awkward"
+).split()
 ARMS = ["raised", "crossed", "hips", "one_raised", "sides", "forward", "down", "other"]
 TRUNK = ["upright", "lying", "forward", "back", "sideways"]
 
@@ -527,16 +502,38 @@ def visited_states(prompt, seed, steps, folder):
     return np.array(visited)
 
 
+def around(body, states, rng):
+    """What lies around states: their joints jittered by 5 or 15 degrees, and where they then settle (3 of each)."""
+    near = []
+    for qpos in states.astype(float):
+        qpos[7:] += np.deg2rad(rng.choice([5, 15])) * rng.standard_normal(17)
+        near += body.settle(body.ground(qpos, 0.005), rng.choice([60, 300]), [0, 15, 40])
+    return np.array(near, np.float32)
+
+
 def on_policy_states(prompt, seed, steps, keep, folder):
     """`keep` states of visited_states, later ones more often, and what lies around the places where it ended up."""
     visited, rng, body = visited_states(prompt, seed, steps, folder), np.random.default_rng(seed), Body()
     weight = np.linspace(0.2, 1, len(visited))
-    states = [visited[rng.choice(len(visited), keep, replace=False, p=weight / weight.sum())]]
+    kept = visited[rng.choice(len(visited), keep, replace=False, p=weight / weight.sum())]
     late = visited[-len(visited) // 3 :]
-    for qpos in late[rng.integers(len(late), size=keep // 8)].astype(float):
-        qpos[7:] += np.deg2rad(rng.choice([5, 15])) * rng.standard_normal(17)
-        states.append(body.settle(body.ground(qpos, 0.005), rng.choice([60, 300]), [0, 15, 40]))
-    return np.concatenate(states).astype(np.float32)
+    return np.concatenate([kept, around(body, late[rng.integers(len(late), size=keep // 8)], rng)])
+
+
+def played_states(run, keep=500):
+    """`keep` states from 16 episodes of the policy of a finished run: half of them exploring, half deterministic."""
+    envs = vlmrm.make_envs(vlmrm.Scene(), count=16)
+    hidden = json.loads((run / "config.json").read_text())["hidden"]
+    agent = sac.SAC(envs.single_observation_space, envs.single_action_space, sac.Config(hidden=hidden))
+    agent.load_state_dict(torch.load(run / "policy.pt", weights_only=True))
+    rng, states = np.random.default_rng(0), []
+
+    def act(obs):
+        states.extend(env.unwrapped.data.qpos.astype(np.float32) for env in envs.envs)
+        return np.concatenate([agent.act(obs)[:8], agent.best_action(obs)[8:]])
+
+    sac.rollout(envs, act, 100, None, seed=5 * 10**9)
+    return np.array(states)[rng.choice(len(states), keep, replace=False)]
 
 
 def render(states, size):
@@ -672,7 +669,17 @@ def main():
         help="no rounds: train several widths and seeds "
         "for --steps on the states that --keep kept, into folders under --out",
     )
+    parser.add_argument(
+        "--find",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="make nothing: add states of the policies of these finished runs to found.npy, for the next time",
+    )
     args = parser.parse_args()
+    if args.find:
+        found = [np.load(FOUND)] * FOUND.exists() + [played_states(run) for run in args.find]
+        return np.save(FOUND, np.concatenate(found))
     if args.family:
         return in_parallel(
             family_member, [(args.family, width, seed, args) for width in (24, 16, 8, 4, 2) for seed in range(2)]
@@ -688,9 +695,13 @@ def main():
     def admit(states):
         return states[~held_out(vlmrm.measure_states(vlmrm.Scene().model, states))]
 
-    states = admit(np.concatenate(in_parallel(make_states, [(seed, 4500, 1250, 75) for seed in range(4)])))
+    states = in_parallel(make_states, [(seed, 4500, 1250, 75) for seed in range(4)])
+    if FOUND.exists():
+        found = np.load(FOUND)
+        states += [found, around(Body(), found[::4], np.random.default_rng(4))]
+    states = admit(np.concatenate(states))
     frames = draw(states)
-    log(f"{len(states)} states without a policy")
+    log(f"{len(states)} states before its own policies'")
     for turn in range(args.rounds + 1):
         labels = label(states)
         for k, names in enumerate((LEGS, ARMS, TRUNK)):

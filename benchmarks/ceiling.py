@@ -1,0 +1,76 @@
+"""How far would SAC come without CLIP? The same training, on a reward written by hand: benchmarks/ceiling.py one-leg
+
+Where a policy fails on CLIP's reward, this says whether physics and SAC stand in the way, or the reward. Here it is how
+near the body's points (head, shoulders, elbows, hands, hips, knees, feet, pelvis) are to those of one scripted goal
+pose, seen from the pelvis: dense, and privileged, for it reads the simulator and knows the pose. Nothing else uses it.
+Success is judged as in vlmrm.py. Prints a row for each task, and adds it to --out.
+"""
+
+import argparse
+import csv
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import vlmrm  # first: it chooses how to draw
+import sac
+import gymnasium
+import numpy as np
+from tqdm import tqdm
+
+
+class Tracking(vlmrm.Humanoid):
+    """Rewarded by exp(-5 d), where d is the mean distance, in metres, of the body's points from the goal pose's."""
+
+    def __init__(self, task: str):
+        super().__init__(vlmrm.Scene(), vlmrm.JUDGED[task][1])
+        pose = vlmrm.measure_states(self.model, vlmrm.goal_states(task)[:1])
+        self.goal = self.points(type(pose)(*(value[0] for value in pose)))
+
+    @staticmethod
+    def points(pose: vlmrm.Pose) -> np.ndarray:
+        return np.concatenate([np.atleast_2d(value) for value in pose[2:]])  # (14, 3), without the two directions
+
+    def step(self, action):
+        observation, _, terminated, truncated, info = super().step(action)
+        points = self.points(vlmrm.measure(self.model, self.data))
+        distance = np.linalg.norm(points - self.goal, axis=1).mean()
+        return observation, float(np.exp(-5 * distance)), terminated, truncated, info
+
+
+def main():
+    parser = argparse.ArgumentParser(description="What SAC reaches on a dense reward written by hand.")
+    parser.add_argument("task", nargs="+", choices=vlmrm.JUDGED)
+    parser.add_argument("--steps", type=int, default=200_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/ceiling.csv"))
+    args = parser.parse_args()
+    for task in args.task:
+
+        def make(task=task):
+            return gymnasium.wrappers.TimeLimit(Tracking(task), 100)
+
+        start, config = time.time(), sac.Config(steps=args.steps, seed=args.seed)
+        envs, eval_envs = (gymnasium.vector.SyncVectorEnv([make] * 16, autoreset_mode="Disabled") for _ in range(2))
+        agent = sac.SAC(envs.single_observation_space, envs.single_action_space, config)
+        with tqdm(total=args.steps, unit="step", desc=task) as bar:
+            for row in sac.train(agent, envs, eval_envs, None):
+                bar.set_postfix_str(f"reward {row['reward']:.3f}, success {vlmrm.success_rates(row['success'])[0]:.0%}")
+                bar.update(row["steps"] - bar.n)
+        rewards, success = sac.evaluate(eval_envs, agent.best_action, None, 100, 2 * 10**9, 100)
+        half, held = vlmrm.success_rates(success)
+        result = dict(task=task, seed=args.seed, steps=row["steps"], success=half, success_held=held)
+        result |= dict(reward=round(float(rewards.mean()), 4), seconds=round(time.time() - start))
+        print(result)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        new = not args.out.exists()
+        with open(args.out, "a", newline="") as file:
+            writer = csv.DictWriter(file, result)
+            if new:
+                writer.writeheader()
+            writer.writerow(result)
+
+
+if __name__ == "__main__":
+    main()
