@@ -968,7 +968,8 @@ def test_run_leaves_its_settings_and_metrics(run, config, rows):
 def test_result_holds_success_by_both_rules_and_the_references(result):
     expected = dict(prompt=[KNEELING], task="kneeling", alpha=0.5, episodes=16, steps=16_000, seed=0)
     assert result == result | expected
-    assert -1 <= result["reward"] <= result["reward_at_the_end"] <= result["reward_of_goal_poses"] + 0.1 <= 1.1
+    for key in "reward", "reward_at_the_end":
+        assert -1 <= result[key] < result["reward_of_goal_poses"] <= 1  # after so short a training
     assert set(result["references"]) == {"zero action", "untrained network", "random policy"}
     for scores in result, *result["references"].values():
         assert 0 <= scores["success"] <= 1 and 0 <= scores["success_held"] <= 1

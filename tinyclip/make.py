@@ -520,7 +520,7 @@ def on_policy_states(prompt, seed, steps, keep, folder):
     return np.concatenate([kept, around(body, late[rng.integers(len(late), size=keep // 8)], rng)])
 
 
-def played_states(run, keep=500):
+def played_states(run, keep=100):
     """`keep` states from 16 episodes of the policy of a finished run: half of them exploring, half deterministic."""
     envs = vlmrm.make_envs(vlmrm.Scene(), count=16)
     hidden = json.loads((run / "config.json").read_text())["hidden"]
@@ -678,8 +678,8 @@ def main():
     )
     args = parser.parse_args()
     if args.find:
-        found = [np.load(FOUND)] * FOUND.exists() + [played_states(run) for run in args.find]
-        return np.save(FOUND, np.concatenate(found))
+        found = [np.load(FOUND) for _ in range(FOUND.exists())] + [played_states(run) for run in args.find]
+        return np.save(FOUND, np.concatenate(found).astype(np.float16))
     if args.family:
         return in_parallel(
             family_member, [(args.family, width, seed, args) for width in (24, 16, 8, 4, 2) for seed in range(2)]
@@ -697,8 +697,8 @@ def main():
 
     states = in_parallel(make_states, [(seed, 4500, 1250, 75) for seed in range(4)])
     if FOUND.exists():
-        found = np.load(FOUND)
-        states += [found, around(Body(), found[::4], np.random.default_rng(4))]
+        found = np.load(FOUND).astype(np.float32)
+        states += [found, around(Body(), np.tile(found, (3, 1)), np.random.default_rng(4))]
     states = admit(np.concatenate(states))
     frames = draw(states)
     log(f"{len(states)} states before its own policies'")
