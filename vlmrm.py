@@ -1016,11 +1016,8 @@ def train(args: argparse.Namespace):
     shutil.rmtree(folder)
     judged = f"Success {half:.0%}, held to the end {held:.0%}" if condition else "No success condition for this prompt"
     took = f"{(time.time() - start) / 60:.1f} minutes{' since it was resumed' * bool(args.resume)}"
-    print(
-        f"{judged}; CLIP reward {rewards.mean():.3f}; {args.episodes} episodes after {steps:,} steps and {took}. ",
-        end="",
-    )
-    print(f"Watch {out}/video.gif and see {out}/curve.png")
+    judged += f"; CLIP reward {rewards.mean():.3f}; {args.episodes} episodes after {steps:,} steps and {took}"
+    print(f"{judged}. Watch {out}/video.gif and see {out}/curve.png")
 
 
 TRAIN = """\
