@@ -360,6 +360,9 @@ def train(
         for start in range(oldest, steps, round_size):
             buffer.add(torch.from_numpy(np.load(round_file(start))))
 
+    if (gather(np.array([steps])) != steps).any():
+        raise ValueError(f"{folder} differs between the processes: those on several machines have to share it")
+
     for start in range(steps, config.steps, round_size):
         steps, learning = start + round_size, start >= config.learning_starts
         rng = np.random.default_rng([config.seed, start, rank])  # of this round alone, so that a run can be resumed

@@ -739,6 +739,10 @@ def resumed_by_two(rank, folder):
     for name, stops in ("whole", [None]), ("interrupted", [2, 2, None]):
         for stop in stops:
             train_in(folder / f"{name}{rank}", folder / name, stop)
+    apart = folder / f"apart{rank}"  # as on two machines that share no folder
+    train_in(apart, stop=2)
+    with pytest.raises(ValueError, match="have to share it"):
+        train_in(apart)
     torch.distributed.destroy_process_group()
 
 
@@ -891,6 +895,16 @@ def test_a_killed_command_is_resumed_to_the_last_byte(tmp_path):
     assert not (tmp_path / "run" / "checkpoint").exists() and not list((tmp_path / "run").glob("*.part"))
     _, message = command("--resume", tmp_path / "run").communicate()
     assert "complete" in message and "Traceback" not in message
+
+
+def test_of_two_identical_commands_at_once_one_trains_and_the_other_says_why_not(tmp_path):
+    command = f"{sys.executable} {ROOT}/vlmrm.py train --steps 400 {SMALL}".split()
+    settings = dict(env=os.environ | dict(OMP_NUM_THREADS="1"), cwd=tmp_path, text=True, stderr=subprocess.PIPE)
+    jobs = [subprocess.Popen(command, stdout=subprocess.PIPE, **settings) for _ in range(2)]
+    (first, _), (second, message) = sorted((job.wait(), job.stderr.read()) for job in jobs)
+    assert (first, second) == (0, 1), message
+    assert "error:" in message and "runs/kneeling-seed0" in message and "Traceback" not in message
+    assert (tmp_path / "runs/kneeling-seed0/result.json").exists()
 
 
 def test_a_disk_that_is_full_and_ctrl_c_end_in_one_line_and_lose_nothing(tmp_path):

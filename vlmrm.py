@@ -280,10 +280,13 @@ class Scene:
     """Gymnasium's humanoid, repainted in memory, and a camera. Physics is untouched; to it, a small floor is endless.
 
     size: (height, width) in pixels. look: "realistic", or "original" for Gymnasium's own colours. effects: shadows,
-    reflections and smooth edges, for people: CLIP sees the pose without them, at a fraction of the cost.
+    reflections and smooth edges, for people: CLIP sees the pose without them, at a fraction of the cost. Do not mix
+    it with Gymnasium's own renderer in one process: that one draws into whichever window was used last.
     """
 
-    def __init__(self, size=(96, 96), look: str = "realistic", camera: dict = CAMERA, effects: bool = False):
+    def __init__(
+        self, size: tuple[int, int] = (96, 96), look: str = "realistic", camera: dict = CAMERA, effects: bool = False
+    ):
         spec = mujoco.MjSpec.from_file(str(Path(gymnasium.__file__).parent / "envs/mujoco/assets/humanoid.xml"))  # v5's
         floor, tiles = spec.geom("floor"), spec.material("MatPlane")
         if look == "realistic":
@@ -955,6 +958,19 @@ def train(args: argparse.Namespace):
     def judge(act, reward_fn=None):  # on seeds that neither training nor selection uses
         return sac.evaluate(eval_envs, act, reward_fn, args.episodes, seed=2 * 10**9, episode_steps=config.round_steps)
 
+    folder, metrics = out / "checkpoint", out / "metrics.csv"
+    if rank == 0 and not args.resume:
+        if args.overwrite:
+            shutil.rmtree(out, ignore_errors=True)
+        folder.mkdir(parents=True)  # fails if the same command was started twice
+        settings = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
+        settings |= dict(prompt=prompt, baseline=baseline, task=task, out=str(out))
+        with sac.whole(out / "config.json", "w") as file:
+            file.write(json.dumps(settings, indent=1) + "\n")
+        write_csv(metrics, COLUMNS, [])
+    if world > 1:
+        torch.distributed.barrier()  # an older run is gone before any process looks for a checkpoint
+
     references, rng = {}, np.random.default_rng([args.seed, rank])
     shape = envs.action_space.shape
     if condition:
@@ -966,17 +982,6 @@ def train(args: argparse.Namespace):
             half, held = success_rates(judge(act)[1])
             references[name] = dict(success=half, success_held=held)
 
-    folder, metrics = out / "checkpoint", out / "metrics.csv"
-    if rank == 0 and not args.resume:
-        shutil.rmtree(out, ignore_errors=True)
-        folder.mkdir(parents=True)
-        settings = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
-        settings |= dict(prompt=prompt, baseline=baseline, task=task, out=str(out))
-        with sac.whole(out / "config.json", "w") as file:
-            file.write(json.dumps(settings, indent=1) + "\n")
-        write_csv(metrics, COLUMNS, [])
-    if world > 1:
-        torch.distributed.barrier()  # an older run is gone before any process looks for a checkpoint
     if rank == 0:
         print(f"Training {prompt} against {baseline}, alpha {args.alpha:g}, on {device}, into {out}/")
     rows = read_metrics(metrics) if rank == 0 else []
