@@ -116,13 +116,16 @@ class Actor(nn.Module):
 
 
 class TwinCritic(nn.Module):
-    """Q1(s, a) and Q2(s, a): two separate networks. Layer norm keeps their values from diverging."""
+    """Q1(s, a) and Q2(s, a): two separate networks. Layer norm keeps their values from diverging.
+
+    It has no learned scales: their gradients are sums whose order, and so last bits, depend on the number of threads.
+    """
 
     def __init__(self, obs_size: int, act_size: int, hidden: int):
         super().__init__()
 
         def layer(inputs):
-            return nn.Linear(inputs, hidden), nn.LayerNorm(hidden), nn.ReLU()
+            return nn.Linear(inputs, hidden), nn.LayerNorm(hidden, elementwise_affine=False), nn.ReLU()
 
         self.q1, self.q2 = (
             nn.Sequential(*layer(obs_size + act_size), *layer(hidden), nn.Linear(hidden, 1)) for _ in range(2)

@@ -623,6 +623,23 @@ def five_updates(rank=0, world=1):
     return agent.state_dict()
 
 
+def test_updates_are_the_same_to_the_last_bit_on_one_thread_and_on_two():
+    threads, results, precision = torch.get_num_threads(), [], torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")  # as in training
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            agent, noise = sac.SAC(box(348), box(17), sac.Config()), torch.Generator().manual_seed(0)
+            for _ in range(10):
+                columns = [torch.randn(256, n, generator=noise) for n in (348, 17, 1, 348, 1)]
+                agent.update(*(column.squeeze(1) for column in columns))
+            results.append(agent.state_dict())
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 def one_of_two(rank, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)

@@ -172,7 +172,7 @@ class CLIP:
         return ((x / 255 - self.mean) / self.std).to(self.dtype)
 
     @torch.inference_mode()
-    def embed_images(self, frames: np.ndarray | Tensor, batch_size: int = 128) -> Tensor:
+    def embed_images(self, frames: np.ndarray | Tensor, batch_size: int = 64) -> Tensor:
         """uint8 frames (B, H, W, 3) -> unit vectors (B, D), fp32."""
         kind = f"{getattr(frames, 'dtype', type(frames).__name__)} {tuple(getattr(frames, 'shape', ()))}"
         bytes_given = kind.removeprefix("torch.").startswith("uint8")

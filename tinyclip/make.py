@@ -656,9 +656,9 @@ def main():
     parser.add_argument(
         "--rounds", type=int, default=2, help="times that policies trained on the model add to its data"
     )
-    parser.add_argument("--steps", type=int, default=1600, help="training steps of the last model")
+    parser.add_argument("--steps", type=int, default=2800, help="training steps of the last model")
     parser.add_argument("--round-steps", type=int, default=500, help="training steps of the models before it")
-    parser.add_argument("--policy-steps", type=int, default=40_000, help="environment steps of each policy of a round")
+    parser.add_argument("--policy-steps", type=int, default=32_000, help="environment steps of each policy of a round")
     parser.add_argument("--width", type=int, default=16, help="of the image tower")
     parser.add_argument("--size", type=int, default=96, help="of the frames, in pixels")
     parser.add_argument("--keep", type=Path, help="a .npy file for the states that the last model was trained on")
