@@ -405,7 +405,7 @@ def q(critic, obs, action):
         for i in (0, 3):
             x = x @ network[i].weight.T + network[i].bias
             x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
-            x = (x * network[i + 1].weight + network[i + 1].bias).clamp(min=0)
+            x = x.clamp(min=0)
         values.append((x @ network[6].weight.T + network[6].bias).squeeze(-1))
     return values
 
