@@ -302,7 +302,7 @@ def evaluate(
 
 
 @contextlib.contextmanager
-def whole(path: Path, mode: str = "wb"):
+def whole(path: Path, mode: str = "wb") -> Iterator[io.BytesIO | io.StringIO]:
     """A file to write, which takes its name only when it is complete and on the disk: there is never half a file."""
     buffer = io.BytesIO() if "b" in mode else io.StringIO(newline="")
     yield buffer

@@ -232,7 +232,7 @@ class VLMRewardWrapper(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs)
         if env.render_mode != "rgb_array":
             raise ValueError(f'render_mode is {env.render_mode!r}; make the environment with render_mode="rgb_array"')
 
-    def step(self, action):
+    def step(self, action: np.ndarray) -> tuple:
         obs, reward, terminated, truncated, info = self.env.step(action)
         clip_reward = float(self.reward_fn(self.env.render()[None])[0])
         return obs, clip_reward, terminated, truncated, info | {"env_reward": reward}
@@ -253,11 +253,11 @@ class VLMRewardVectorWrapper(gymnasium.vector.VectorWrapper):
             given = f"render_mode is {env.render_mode!r}, autoreset_mode {self.mode}"
             raise ValueError(f'{given}; wanted are render_mode="rgb_array" and autoreset_mode NEXT_STEP or DISABLED')
 
-    def reset(self, **settings):
+    def reset(self, **settings) -> tuple:
         self.ended[:] = False
         return self.env.reset(**settings)
 
-    def step(self, actions):
+    def step(self, actions: np.ndarray) -> tuple:
         obs, reward, terminated, truncated, info = self.env.step(actions)
         rewards = self.reward_fn(np.stack(self.env.render())).astype(np.float64)  # (N,)
         if self.mode == gymnasium.vector.AutoresetMode.NEXT_STEP:
@@ -531,14 +531,14 @@ class Humanoid(HumanoidEnv):
     def _initialize_simulation(self):  # Gymnasium's hook for loading a model file
         return self.scene.model, mujoco.MjData(self.scene.model)
 
-    def step(self, action):
+    def step(self, action: np.ndarray) -> tuple:
         observation, reward, terminated, truncated, _ = super().step(action)
         info = {}
         if self.condition is not None:
             info["success"] = bool(holds(self.condition, measure(self.model, self.data)))
         return observation, reward, terminated, truncated, info
 
-    def render(self):
+    def render(self) -> np.ndarray:
         return self.scene.render(self.data)
 
 

@@ -10,6 +10,7 @@ import csv
 import json
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -22,7 +23,7 @@ PAPER = dict(zip(vlmrm.TASKS, (1, 1, 1, 1, 1, 0.64, 0, 0)))  # Table 1: ViT-bigG
 COLUMNS = "task alpha seed steps episodes success success_held reward reward_at_the_end reward_of_goal_poses".split()
 
 
-def spread(values) -> str:
+def spread(values: Iterable) -> str:
     """Mean and range: 97% (94-100), or 100% where all are the same."""
     values = [round(100 * value) for value in values]
     return f"{np.mean(values):.0f}%" + f" ({min(values)}-{max(values)})" * (min(values) < max(values))
