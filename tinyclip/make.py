@@ -8,7 +8,7 @@ and its scores say nothing about the paper's models, which never saw this robot.
     2. captions   computed from each state by geometry, so that any frame, however odd, has a true sentence
     3. training   contrastive, like CLIP's; but in a batch, every sentence that is true of a frame is a positive. And
                   the cosine of a frame and a sentence is pulled towards one value if it is true, another if not
-    4. found      if found.npy is there: states of policies that an earlier model had misled in long trainings
+    4. found      if found.npy is there: states of policies of long trainings on earlier models, some of them misled
     5. rounds     SAC trains on the model's own rewards for the eight prompts; where those policies went, exploits
                   included, joins the data with true captions, and the model is trained again from nothing
 
