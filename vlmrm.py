@@ -514,9 +514,10 @@ TASKS: dict[str, tuple[str, Condition]] = {  # name: (goal prompt, success condi
 
 COMPOSITIONS: dict[str, tuple[str, Condition]] = {  # of body and arms, each of which tinyclip was shown, but never both
     "kneeling-arms-raised": ("a humanoid robot kneeling, with both arms raised", both(kneeling, raised)),
+    "kneeling-hands-on-hips": ("a humanoid robot kneeling with hands on hips", both(kneeling, on_hips)),
+    "lotus-arms-raised": ("a humanoid robot in the lotus position, with both arms raised", both(lotus, raised)),
     "splits-arms-raised": ("a humanoid robot doing the side splits, with both arms raised", both(splits, raised)),
     "splits-arms-crossed": ("a humanoid robot doing the side splits, with its arms crossed", both(splits, crossed)),
-    "lotus-arms-raised": ("a humanoid robot in the lotus position, with both arms raised", both(lotus, raised)),
 }
 JUDGED = TASKS | COMPOSITIONS
 
