@@ -342,6 +342,7 @@ GOALS_AND_NEAR_MISSES = {
     ),
     "arms-crossed": (standing(CROSSED), [*standing(FORWARD, ON_CHEST, HANGING, ON_HIPS, RAISED), KNEEL | CROSSED]),
     "kneeling-arms-raised": ([KNEEL | RAISED], [KNEEL | ONE_RAISED, KNEEL, STAND | RAISED, LOTUS | RAISED]),
+    "kneeling-hands-on-hips": ([KNEEL | ON_HIPS], [KNEEL | HANGING, KNEEL, STAND | ON_HIPS, LOTUS | ON_HIPS]),
     "splits-arms-raised": ([SPLITS | RAISED], [SPLITS | ONE_RAISED, SPLITS, STRADDLE | RAISED]),
     "splits-arms-crossed": ([SPLITS | CROSSED], [SPLITS | ON_CHEST, SPLITS | FORWARD, STRADDLE | CROSSED]),
     "lotus-arms-raised": ([LOTUS | RAISED], [LOTUS | ASIDE, LOTUS, SIT | RAISED]),
