@@ -21,7 +21,7 @@ import io
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -64,11 +64,15 @@ class Config:
 
     def __post_init__(self):
         most = dict(gamma=1, tau=1, actor_tau=1)
-        for name, value in vars(self).items():
-            if name != "seed" and not (math.isfinite(value) and 0 < value <= most.get(name, value)):
-                raise ValueError(f"{name} is {value}; it has to be finite, above 0" + " and at most 1" * (name in most))
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; it has to be at least 0")
+        for option in fields(self):
+            name, value = option.name, getattr(self, option.name)
+            above = value >= 0 if name == "seed" else value > 0
+            if not (math.isfinite(value) and above and value <= most.get(name, value)):
+                least = "at least 0" if name == "seed" else "above 0"
+                raise ValueError(f"{name} is {value}; it has to be finite, {least}" + " and at most 1" * (name in most))
+            if option.type is int and value != int(value):
+                raise ValueError(f"{name} is {value}; it has to be a whole number")
+            setattr(self, name, option.type(value))  # 1e6 is a whole number too
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -346,7 +350,10 @@ def train(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     if folder is not None and (folder / "state.pt").exists():
-        saved = torch.load(folder / "state.pt", map_location=agent.device, weights_only=True)
+        try:
+            saved = dict(torch.load(folder / "state.pt", map_location=agent.device, weights_only=True))
+        except Exception as error:  # whatever unpickling meets
+            raise ValueError(f"{folder / 'state.pt'} is damaged ({str(error)[:99]})") from error
         others = [
             f"{key} {value} there, {settings.get(key)} here"
             for key, value in saved["settings"].items()
@@ -361,7 +368,10 @@ def train(
         oldest = max(0, steps - remembered)
         buffer.next = oldest // world % buffer.size
         for start in range(oldest, steps, round_size):
-            buffer.add(torch.from_numpy(np.load(round_file(start))))
+            try:
+                buffer.add(torch.from_numpy(np.load(round_file(start)).reshape(-1, sum(buffer.widths))))
+            except (ValueError, EOFError) as error:
+                raise ValueError(f"{round_file(start)} is damaged ({error})") from error
 
     if (gather(np.array([steps])) != steps).any():
         raise ValueError(f"{folder} differs between the processes: those on several machines have to share it")
@@ -390,6 +400,8 @@ def train(
             finally:
                 torch.set_float32_matmul_precision(precision)
             row |= {key: float(gather(np.array([value.item()])).mean()) for key, value in losses.items()}
+            if not all(math.isfinite(row[key]) for key in losses):
+                raise ValueError(f"learning diverged within {steps} steps: losses are NaN. Lower the learning_rate")
         # judge, and keep the best
         if steps >= next_eval or steps >= config.steps:
             next_eval = steps + config.eval_every

@@ -777,6 +777,36 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
         train_in(tmp_path, steps=320, gamma=0.5, seed=6)
 
 
+@pytest.mark.parametrize("name", ["state.pt", "round0-0.npy"])
+@pytest.mark.parametrize("content", [b"", b"no such format"])
+def test_a_damaged_checkpoint_is_named(tmp_path, name, content):
+    train_in(tmp_path, stop=2)
+    (tmp_path / "checkpoint" / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} is damaged"):
+        train_in(tmp_path)
+
+
+def test_learning_that_diverges_ends_with_an_error(tmp_path):
+    with pytest.raises(ValueError, match="losses are NaN. Lower the learning_rate"):
+        train_in(tmp_path, learning_rate=1e30)
+
+
+def test_whole_numbers_are_whole():
+    assert sac.Config(steps=1e6, learning_rate=1).steps == 1_000_000
+    with pytest.raises(ValueError, match="hidden is 2.5; it has to be a whole number"):
+        sac.Config(hidden=2.5)
+    with pytest.raises(ValueError, match="seed is nan"):
+        sac.Config(seed=float("nan"))
+
+
+def test_a_look_or_a_state_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="look is 'Realistic'"):
+        vlmrm.Scene(look="Realistic")
+    for states in (np.zeros(24), np.zeros((0, 24)), np.full((2, 24), np.nan)):
+        with pytest.raises(ValueError, match="they have to be .N, 24., finite"):
+            vlmrm.render_states(SCENE, states)
+
+
 def test_a_full_disk_leaves_what_was_there_before(tmp_path):
     with sac.whole(tmp_path / "file", "w") as file:
         file.write("before")

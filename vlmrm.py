@@ -94,7 +94,7 @@ def goal_baseline_reward(state: Tensor, goal: Tensor, baseline: Tensor, alpha: f
     along L. Returns (B,), at most 1. Raises ValueError for an alpha out of range, if alpha > 0 and goal = baseline, and
     for other shapes, types, or NaN.
     """
-    if isinstance(alpha, str) or not 0 <= alpha <= 1:
+    if not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha!r}; it has to be a number in [0, 1]")
     check_embeddings(state, goal, baseline)
     s, g, b = (F.normalize(x, dim=-1) for x in (state, goal, baseline))
@@ -124,6 +124,11 @@ class CLIP:
     """
 
     def __init__(self, model: str = EMBEDDED_CLIP, device: str = "cpu", precision: str = "fp32"):
+        try:
+            torch.zeros(1, device=device).item()
+        except (RuntimeError, AssertionError) as error:
+            message = f"cannot use the device {device!r} ({' '.join(str(error).split())[:99]})"
+            raise ValueError(f"{message}: name another, such as cpu, or cuda where there is a GPU") from error
         name, tag = model, None
         if model == EMBEDDED_CLIP:
             name = f"local-dir:{Path(__file__).parent / EMBEDDED_CLIP}"
@@ -287,6 +292,8 @@ class Scene:
     def __init__(
         self, size: tuple[int, int] = (96, 96), look: str = "realistic", camera: dict = CAMERA, effects: bool = False
     ):
+        if look not in ("realistic", "original"):
+            raise ValueError(f'look is {look!r}; it has to be "realistic" or "original"')
         spec = mujoco.MjSpec.from_file(str(Path(gymnasium.__file__).parent / "envs/mujoco/assets/humanoid.xml"))  # v5's
         floor, tiles = spec.geom("floor"), spec.material("MatPlane")
         if look == "realistic":
@@ -327,8 +334,14 @@ class Scene:
         return self.renderer.render()
 
 
+def check_states(model: mujoco.MjModel, states: np.ndarray):
+    if np.ndim(states) != 2 or np.shape(states)[1] != model.nq or not len(states) or not np.isfinite(states).all():
+        raise ValueError(f"states are {np.shape(states)}; they have to be (N, {model.nq}), finite, and not empty")
+
+
 def render_states(scene: Scene, states: np.ndarray) -> np.ndarray:
-    """qpos (N, 24) -> frames, uint8 (N, height, width, 3)."""
+    """qpos (N, 24) -> frames, uint8 (N, height, width, 3). Raises ValueError for other shapes, NaN, and for none."""
+    check_states(scene.model, states)
     data, frames = mujoco.MjData(scene.model), np.empty((len(states), *scene.size, 3), np.uint8)
     for i, data.qpos[:] in enumerate(states):
         frames[i] = scene.render(data)
@@ -379,9 +392,8 @@ def measure(model: mujoco.MjModel, data: mujoco.MjData) -> Pose:
 
 
 def measure_states(model: mujoco.MjModel, states: np.ndarray) -> Pose:
-    """qpos (N, 24) -> a Pose of (N, ...) arrays. Raises ValueError for other shapes, and for none."""
-    if np.ndim(states) != 2 or np.shape(states)[1] != model.nq or not len(states):
-        raise ValueError(f"states are {np.shape(states)}; they have to be (N, {model.nq}), and not empty")
+    """qpos (N, 24) -> a Pose of (N, ...) arrays. Raises ValueError for other shapes, NaN, and for none."""
+    check_states(model, states)
     data, poses = mujoco.MjData(model), []
     for data.qpos[:] in states:
         poses.append(measure(model, data))
@@ -681,6 +693,7 @@ def evaluate(args: argparse.Namespace):
     if len(models) < len(args.model):
         raise ValueError(f"the models {', '.join(args.model)} would share a name: rename a folder, or name each once")
     check_free(out, args.overwrite, "table.csv")
+    out.mkdir(parents=True, exist_ok=True)  # where that is not allowed, say so now
     with np.load(EVALUATION_STATES) as file:
         states, origin = file["states"].astype(float), file["origin"]  # qpos (N, 24), and where each comes from
     model = Scene().model
@@ -906,7 +919,11 @@ def resumed(args: argparse.Namespace) -> argparse.Namespace:
         raise ValueError(f"{run} is complete: there is nothing to resume")
     if not (run / "checkpoint").is_dir() or not (run / "config.json").exists():
         raise ValueError(f"{run} holds no interrupted run: config.json and checkpoint/ should be there")
-    settings = json.loads((run / "config.json").read_text())
+    try:
+        settings = dict(json.loads((run / "config.json").read_text()))
+        read_metrics(run / "metrics.csv")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"config.json or metrics.csv in {run} is damaged ({error})") from error
     if settings.keys() != vars(args).keys() - set(NOT_SETTINGS):
         raise ValueError(f"{run} was begun by another version of vlmrm.py: it cannot be resumed by this one")
     typed = {word.split("=")[0].removeprefix("--").replace("-", "_") for word in args.typed if word.startswith("--")}
@@ -1119,6 +1136,11 @@ def main(argv: list[str] | None = None):
         args.function(args)
     except (ValueError, OSError) as error:  # OSError: a full disk, a folder that must not be written
         sys.exit(f"error: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error).lower():
+            raise
+        advice = "use a smaller model, --precision fp16, or smaller --hidden, --batch-size, --buffer-size, --envs"
+        sys.exit(f"error: not enough memory ({' '.join(str(error).split())[:160]}): {advice}")
     except KeyboardInterrupt:
         sys.exit("interrupted. A training goes on from its last round by train --resume RUN")
 
