@@ -30,7 +30,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from gymnasium.spaces import Box
-from gymnasium.vector import VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 
 
@@ -334,6 +334,8 @@ def train(
     config, (rank, world) = agent.config, processes()
     (obs_size,), (act_size,) = envs.single_observation_space.shape, envs.single_action_space.shape
     round_size = config.round_steps * envs.num_envs * world  # steps in all environments of all processes
+    if {env.metadata.get("autoreset_mode") for env in (envs, eval_envs)} & {AutoresetMode.SAME_STEP}:
+        raise ValueError("the environments reset in the step that ends an episode: make them with DISABLED")
     if config.batch_size % world:
         raise ValueError(f"batch_size is {config.batch_size}; it has to be a multiple of the {world} processes")
     if config.buffer_size < round_size:

@@ -791,6 +791,17 @@ def test_learning_that_diverges_ends_with_an_error(tmp_path):
         train_in(tmp_path, learning_rate=1e30)
 
 
+def test_environments_that_reset_themselves_and_unknown_tasks_are_refused():
+    same_step = gymnasium.vector.SyncVectorEnv([pendulum], autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP)
+    agent = sac.SAC(same_step.single_observation_space, same_step.single_action_space, sac.Config())
+    with pytest.raises(ValueError, match="make them with DISABLED"):
+        next(sac.train(agent, same_step, same_step, None))
+    with pytest.raises(ValueError, match="the task is 'Kneeling'; it has to be one of kneeling, lotus"):
+        vlmrm.goal_states("Kneeling")
+    with pytest.raises(ValueError, match="gamma is nan"):
+        vlmrm.epic_distance(np.arange(8.0).reshape(2, 2, 2), np.ones((2, 2, 2)), gamma=float("nan"))
+
+
 def test_whole_numbers_are_whole():
     assert sac.Config(steps=1e6, learning_rate=1).steps == 1_000_000
     with pytest.raises(ValueError, match="hidden is 2.5; it has to be a whole number"):

@@ -605,6 +605,8 @@ def epic_distance(reward_a: np.ndarray, reward_b: np.ndarray, gamma: float = 0.9
         raise ValueError(f"rewards of shapes {a.shape} and {b.shape}; they have to be both (N,) or both (S, A, S)")
     if not a.size or not np.isfinite(a).all() or not np.isfinite(b).all():
         raise ValueError("the rewards are empty, NaN or infinite: their correlation is undefined")
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma is {gamma}; it has to be in [0, 1]")
     a, b = (x / (np.abs(x).max() or 1) for x in (a, b))
     if a.ndim == 3:
         a, b = canonically_shaped(a, gamma), canonically_shaped(b, gamma)
@@ -644,6 +646,8 @@ def pose_path(model: mujoco.MjModel, start: np.ndarray, goal: np.ndarray, count:
 
 def goal_states(task: str) -> np.ndarray:
     """Scripted poses that meet the task's condition, qpos (N, 24); a composition's have another pose's arms."""
+    if task not in JUDGED:
+        raise ValueError(f"the task is {task!r}; it has to be one of {', '.join(JUDGED)}")
     with np.load(EVALUATION_STATES) as file:
         states = file["states"][np.char.startswith(file["origin"], "scripted")].astype(float)
     model, condition = Scene().model, JUDGED[task][1]
