@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw
 ASSETS = Path(__file__).parent.parent / "assets"
 PAPER = dict(zip(vlmrm.TASKS, (1, 1, 1, 1, 1, 0.64, 0, 0)))  # Table 1: ViT-bigG-14, 10 million steps
 COLUMNS = "task alpha seed steps episodes success success_held reward reward_at_the_end reward_of_goal_poses".split()
+COLUMNS.append("seconds")
 
 
 def spread(values: Iterable) -> str:
@@ -98,9 +99,8 @@ def main():
     (ASSETS / "runs").mkdir(parents=True, exist_ok=True)
     for run in runs:
         shutil.copy(run["folder"] / "metrics.csv", ASSETS / "runs" / f"{run['folder'].name}.csv")
-    columns = [*COLUMNS, "seconds"]
-    rows = [{key: run[key] for key in columns if run[key] is not None} for run in runs]
-    vlmrm.write_csv(ASSETS / "runs/results.csv", columns, rows)
+    rows = [{key: run[key] for key in COLUMNS if run[key] is not None} for run in runs]
+    vlmrm.write_csv(ASSETS / "runs/results.csv", COLUMNS, rows)
     with open(args.ceiling, newline="") as file:
         print_table(usual, {row["task"]: row for row in csv.DictReader(file)})
     draw_gallery(usual, ASSETS / "gallery.gif")
