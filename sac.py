@@ -63,13 +63,14 @@ class Config:
     seed: int = setting(0, "of everything random")
 
     def __post_init__(self):
-        most = dict(gamma=1, tau=1, actor_tau=1)
+        most = dict(gamma=1, tau=1, actor_tau=1, seed=10**8)
         for option in fields(self):
             name, value = option.name, getattr(self, option.name)
             above = value >= 0 if name == "seed" else value > 0
             if not (math.isfinite(value) and above and value <= most.get(name, value)):
                 least = "at least 0" if name == "seed" else "above 0"
-                raise ValueError(f"{name} is {value}; it has to be finite, {least}" + " and at most 1" * (name in most))
+                limit = f" and at most {most[name]}" if name in most else ""
+                raise ValueError(f"{name} is {value}; it has to be finite, {least}{limit}")
             if option.type is int and value != int(value):
                 raise ValueError(f"{name} is {value}; it has to be a whole number")
             setattr(self, name, option.type(value))  # 1e6 is a whole number too
@@ -174,6 +175,9 @@ class SAC(nn.Module):
 
     def __init__(self, observation_space: Box, action_space: Box, config: Config, device: str = "cpu"):
         super().__init__()
+        for space in observation_space, action_space:
+            if not isinstance(space, Box) or len(space.shape) != 1:
+                raise ValueError(f"a space is {space}; observations and actions have to be Boxes of one dimension")
         torch.manual_seed(config.seed)
         obs_size, act_size = observation_space.shape[0], action_space.shape[0]
         self.config, self.device = config, device
@@ -262,6 +266,15 @@ def gather(x: np.ndarray) -> np.ndarray:
     return np.concatenate(parts)
 
 
+def label(reward_fn: Callable, frames: np.ndarray) -> np.ndarray:
+    """The rewards of frames, (B,) float64. Raises ValueError unless the function returns one finite number a frame."""
+    rewards = np.asarray(reward_fn(frames), dtype=np.float64)
+    if rewards.shape != frames.shape[:1] or not np.isfinite(rewards).all():
+        given = f"rewards of shape {rewards.shape} for {len(frames)} frames, {np.isfinite(rewards).mean():.0%} finite"
+        raise ValueError(f"the reward function returned {given}; wanted is one for each, none NaN or infinite")
+    return rewards
+
+
 def rollout(envs: VectorEnv, act: Callable, steps: int, reward_fn: Callable | None, seed: int) -> list[np.ndarray]:
     """`steps` steps of every environment, from fresh episodes (seeds seed, seed + 1, ...), labelled in one batch.
 
@@ -282,9 +295,7 @@ def rollout(envs: VectorEnv, act: Callable, steps: int, reward_fn: Callable | No
         obs = envs.reset(options={"reset_mask": done})[0] if done.any() else next_obs
     columns = [np.stack(column) for column in zip(*columns)]
     if reward_fn is not None:
-        columns[2] = np.asarray(reward_fn(np.stack(frames))).reshape(steps, envs.num_envs)
-        if not np.isfinite(columns[2]).all():
-            raise ValueError("the reward function returned NaN or infinite rewards: nothing can be learned from them")
+        columns[2] = label(reward_fn, np.stack(frames)).reshape(steps, envs.num_envs)
     return columns
 
 

@@ -38,6 +38,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn as nn
+from gymnasium.spaces import Box, Discrete
 from gymnasium.utils.env_checker import check_env
 from PIL import Image
 from safetensors.torch import save_file
@@ -827,10 +828,42 @@ def test_a_full_disk_leaves_what_was_there_before(tmp_path):
     assert (tmp_path / "file").read_text() == "before"
 
 
-@pytest.mark.parametrize("reward", [np.nan, np.inf])
-def test_training_refuses_rewards_that_are_no_numbers(reward):
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        learn(160, lambda images: np.full(len(images), reward))
+@pytest.mark.parametrize("reward", [np.nan, np.inf, [0.5], [[1, 2]]])
+def test_rewards_that_are_not_one_number_a_frame_are_refused(reward):
+    def reward_fn(images):
+        return np.array([reward] * len(images), dtype=float)
+
+    with pytest.raises(ValueError, match="wanted is one for each, none NaN"):
+        learn(160, reward_fn)
+    vector = gymnasium.vector.SyncVectorEnv([pendulum])
+    for env in vlmrm.VLMRewardWrapper(pendulum(), reward_fn), vlmrm.VLMRewardVectorWrapper(vector, reward_fn):
+        env.reset(seed=0)
+        with pytest.raises(ValueError, match="wanted is one for each, none NaN"):
+            env.step(env.action_space.sample())
+
+
+@pytest.mark.parametrize(
+    "mistake, message",
+    [
+        (lambda: sac.SAC(Discrete(3), Box(-1, 1, (2,)), sac.Config()), "a space is Discrete"),
+        (lambda: sac.SAC(Box(-1, 1, (2, 2)), Box(-1, 1, (2,)), sac.Config()), "Boxes of one dimension"),
+        (lambda: sac.Config(seed=10**20), "at most 100000000"),
+        (lambda: vlmrm.CLIP(Path("tinyclip")), "the model is given by its name"),
+        (lambda: vlmrm.CLIP(precision="fp64"), "one of fp32, fp16, bf16"),
+        (lambda: vlmrm.VLMReward("tinyclip", KNEELING), "it has to be a CLIP"),
+        (lambda: vlmrm.make_envs(SCENE, count=0), "count is 0"),
+        (lambda: vlmrm.make_envs(SCENE, "kneeling"), "a function such as kneeling"),
+        (lambda: vlmrm.auc([0.5, "a"], [True, False]), "rewards are <U"),
+        (lambda: vlmrm.success_rates([1, 0]), "episodes, steps"),
+    ],
+)
+def test_mistakes_in_a_call_are_named(mistake, message):
+    with pytest.raises(ValueError, match=message):
+        mistake()
+
+
+def test_lists_will_do():
+    assert vlmrm.auc([0.2, 0.7], [False, True]) == 1 and vlmrm.success_rates([[1] * 20]) == (1, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -946,6 +979,15 @@ def test_a_killed_command_is_resumed_to_the_last_byte(tmp_path):
     job.communicate()
     _, message = (refused := command("--resume", tmp_path / "run", "--alpha", 0.25)).communicate()
     assert refused.returncode == 1 and "--alpha 0.25, there 0.5" in message and "Traceback" not in message
+    for name, change, complaint in (
+        ("config.json", lambda text: text.replace('"envs": ', '"envs": 1.'), "is damaged"),
+        ("metrics.csv", lambda text: text.splitlines()[0] + "\n", "it lacks rounds"),
+    ):
+        damaged = tmp_path / f"damaged {name}"
+        shutil.copytree(tmp_path / "run", damaged)
+        (damaged / name).write_text(change((damaged / name).read_text()))
+        _, message = (refused := command("--resume", damaged)).communicate()
+        assert refused.returncode == 1 and complaint in message and "Traceback" not in message
     job = command("--resume", tmp_path / "run")
     _, message = job.communicate()
     assert job.returncode == 0, message
@@ -1223,6 +1265,7 @@ def test_error_for_a_reward_that_makes_no_sense(error):
         ("--distance nan", "camera"),
         ("--gamma 2", "gamma"),
         ("--seed -1", "seed"),
+        ("--seed 99999999999", "at most"),
         ("--hidden 0", "hidden"),
         ("--learning-rate inf", "learning_rate"),
         ("--envs 0", "--envs"),

@@ -112,6 +112,7 @@ def goal_baseline_reward(state: Tensor, goal: Tensor, baseline: Tensor, alpha: f
 # and its caption lie close in one space. Here they are frozen: nothing below trains them.
 
 EMBEDDED_CLIP = "tinyclip"
+PRECISIONS = "fp32", "fp16", "bf16"
 
 
 class CLIP:
@@ -124,6 +125,9 @@ class CLIP:
     """
 
     def __init__(self, model: str = EMBEDDED_CLIP, device: str = "cpu", precision: str = "fp32"):
+        if not isinstance(model, str) or precision not in PRECISIONS:
+            wanted = f"the model is given by its name, the precision is one of {', '.join(PRECISIONS)}"
+            raise ValueError(f"model is {model!r}, precision {precision!r}: {wanted}")
         try:
             torch.zeros(1, device=device).item()
         except (RuntimeError, AssertionError) as error:
@@ -214,6 +218,8 @@ class VLMReward:
         baseline_prompt: str | list[str] = "a humanoid robot",
         alpha: float = 0.5,
     ):
+        if not isinstance(clip, CLIP):
+            raise ValueError(f"clip is {clip!r}; it has to be a CLIP, such as CLIP() or CLIP(model)")
         self.clip, self.alpha = clip, alpha
         self.goal, self.baseline = clip.embed_text(goal_prompt), clip.embed_text(baseline_prompt)  # once for all
         self(np.zeros((1, *clip.size, 3), np.uint8))  # a mistake fails now, not in an hour
@@ -239,7 +245,7 @@ class VLMRewardWrapper(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs)
 
     def step(self, action: np.ndarray) -> tuple:
         obs, reward, terminated, truncated, info = self.env.step(action)
-        clip_reward = float(self.reward_fn(self.env.render()[None])[0])
+        clip_reward = float(sac.label(self.reward_fn, self.env.render()[None])[0])
         return obs, clip_reward, terminated, truncated, info | {"env_reward": reward}
 
 
@@ -264,7 +270,7 @@ class VLMRewardVectorWrapper(gymnasium.vector.VectorWrapper):
 
     def step(self, actions: np.ndarray) -> tuple:
         obs, reward, terminated, truncated, info = self.env.step(actions)
-        rewards = self.reward_fn(np.stack(self.env.render())).astype(np.float64)  # (N,)
+        rewards = sac.label(self.reward_fn, np.stack(self.env.render()))  # (N,)
         if self.mode == gymnasium.vector.AutoresetMode.NEXT_STEP:
             rewards[self.ended] = 0  # that step was only a reset, and Gymnasium has them rewarded by 0
         self.ended = terminated | truncated
@@ -560,6 +566,10 @@ def make_envs(
 ) -> gymnasium.vector.VectorEnv:
     """`count` humanoids that share one scene. Episodes end by truncation after episode_steps; 100 are 1.5 seconds."""
 
+    if count < 1 or episode_steps < 1 or not (condition is None or callable(condition)):
+        given = f"count is {count}, episode_steps {episode_steps}, condition {condition!r}"
+        raise ValueError(f"{given}; at least 1 environment and step are needed, and a function such as kneeling")
+
     def make():
         return gymnasium.wrappers.TimeLimit(Humanoid(scene, condition), episode_steps)
 
@@ -572,6 +582,7 @@ def success_rates(success: np.ndarray) -> tuple[float, float]:
     The paper's rule: the condition holds in at least half of the steps. Beside it, the share of episodes in which it
     holds in each of the last 20 steps, which says whether the robot stays so. Raises ValueError for other shapes.
     """
+    success = np.asarray(success, dtype=float)
     if success.ndim != 2 or 0 in success.shape:
         raise ValueError(f"success is {success.shape}; it has to be (episodes, steps), and not empty")
     if np.isnan(success).any():
@@ -623,7 +634,9 @@ def auc(reward: np.ndarray, goal: np.ndarray) -> float:
 
     NaN where one of the two kinds is missing. Raises ValueError for other shapes or types, and for NaN rewards.
     """
-    if reward.ndim != 1 or reward.shape != goal.shape or goal.dtype != bool or np.isnan(reward).any():
+    reward, goal = np.asarray(reward), np.asarray(goal)
+    alike = reward.ndim == 1 and reward.shape == goal.shape and goal.dtype == bool
+    if not alike or reward.dtype.kind not in "biuf" or np.isnan(reward).any():
         given = f"rewards are {reward.dtype} {reward.shape}, goals {goal.dtype} {goal.shape}"
         raise ValueError(f"{given}; they have to be (N,) without NaN, and bool (N,)")
     if goal.all() or not goal.any():
@@ -925,6 +938,9 @@ def resumed(args: argparse.Namespace) -> argparse.Namespace:
         raise ValueError(f"{run} holds no interrupted run: config.json and checkpoint/ should be there")
     try:
         settings = dict(json.loads((run / "config.json").read_text()))
+        for key in settings.keys() & vars(args).keys():
+            if vars(args)[key] is not None and type(settings[key]) is not type(vars(args)[key]):
+                raise ValueError(f"{key} is {settings[key]!r}")
         read_metrics(run / "metrics.csv")
     except (ValueError, TypeError) as error:
         raise ValueError(f"config.json or metrics.csv in {run} is damaged ({error})") from error
@@ -956,7 +972,7 @@ def train(args: argparse.Namespace):
     )
     prompt, condition = args.prompt or [JUDGED[task][0]], JUDGED[task][1] if task else None
     baseline = args.baseline or [BASELINE_PROMPT]
-    name = task or "-".join("".join(c if c.isalnum() else " " for c in prompt[0].lower()).split())[:60]
+    name = task or "-".join("".join(c if c.isalnum() else " " for c in prompt[0].lower()).split())[:60] or "prompt"
     name += f"-{short(args.model)}" * (args.model != EMBEDDED_CLIP) + f"-alpha{args.alpha:g}" * (args.alpha != 0.5)
     out = args.out or Path("runs") / f"{name}-seed{args.seed}"
     if rank == 0 and not args.resume:
@@ -1015,6 +1031,8 @@ def train(args: argparse.Namespace):
                     row[key], row[key + "_held"] = success_rates(row[key])
             best = row.pop("best", False)
             rows = [*(old for old in rows if old["steps"] < row["steps"]), row]
+            if rank == 0 and len(rows) * config.round_steps * args.envs != row["steps"]:
+                raise ValueError(f"{metrics} is damaged: it lacks rounds that the checkpoint holds")
             if rank == 0:
                 write_csv(metrics, COLUMNS, rows)
                 if best:
@@ -1082,7 +1100,7 @@ def parser() -> argparse.ArgumentParser:
         )
         meaning += "on pictures of this robot, a stand-in and not a zero-shot model"
         add(group, "--model", meaning, default=[EMBEDDED_CLIP] if several else EMBEDDED_CLIP, **several)
-        precisions = dict(choices=["fp32", "fp16", "bf16"], default="fp32")
+        precisions = dict(choices=PRECISIONS, default="fp32")
         add(group, "--precision", "of CLIP's weights. Left out: fp32", **precisions)
         add(group, "--device", "cpu, cuda, cuda:1, ... Left out: cuda where there is one")
         meaning = f"the scene without the goal; several are averaged. Left out: {BASELINE_PROMPT}"
