@@ -58,7 +58,7 @@ class Config:
     learning_rate: float = setting(6e-4, "of Adam, at the start; it falls linearly to zero [constant]")
     init_temperature: float = setting(0.1, "weight of entropy at the start; it is learned from there [1]")
     hidden: int = setting(256, "width of the two hidden layers of each network")
-    eval_every: int = setting(3_200, "steps between deterministic evaluations; the best by reward is kept")
+    eval_every: int = setting(3_200, "steps between deterministic evaluations, at least; the best by reward is kept")
     eval_episodes: int = setting(16, "episodes in such an evaluation")
     seed: int = setting(0, "of everything random")
 
@@ -417,7 +417,7 @@ def train(
                 raise ValueError(f"learning diverged within {steps} steps: losses are NaN. Lower the learning_rate")
         # judge, and keep the best
         if steps >= next_eval or steps >= config.steps:
-            next_eval = steps + config.eval_every
+            next_eval = steps + max(config.eval_every, config.steps // 32)  # a long run is not to spend its time here
             rewards, successes = evaluate(
                 eval_envs, agent.best_action, reward_fn, config.eval_episodes, 10**9 + config.seed, config.round_steps
             )
