@@ -1,4 +1,4 @@
-"""Soft Actor-Critic that learns from a function of frames: Algorithm 1 of the VLM-RM paper, from nothing but PyTorch.
+"""Soft Actor-Critic that learns from a function of frames: Algorithm 1 of the VLM-RM paper, in plain PyTorch.
 
 The loop knows nothing of CLIP. Many environments step together for a round, an episode of each, and keep what they saw;
 then all those frames are labelled in one batch by `reward_fn(frames) -> rewards`, which is what makes a big vision
@@ -123,7 +123,7 @@ class Actor(nn.Module):
 class TwinCritic(nn.Module):
     """Q1(s, a) and Q2(s, a): two separate networks. Layer norm keeps their values from diverging.
 
-    It has no learned scales: their gradients are sums whose order, and so last bits, depend on the number of threads.
+    The norm has no learned scale: its gradient is a sum whose order, and so last bits, depend on the number of threads.
     """
 
     def __init__(self, obs_size: int, act_size: int, hidden: int):
@@ -268,7 +268,7 @@ def gather(x: np.ndarray) -> np.ndarray:
 
 def label(reward_fn: Callable, frames: np.ndarray) -> np.ndarray:
     """The rewards of frames, (B,) float64. Raises ValueError unless the function returns one finite number a frame."""
-    rewards = np.asarray(reward_fn(frames), dtype=np.float64)
+    rewards = np.array(reward_fn(frames), dtype=np.float64)
     if rewards.shape != frames.shape[:1] or not np.isfinite(rewards).all():
         given = f"rewards of shape {rewards.shape} for {len(frames)} frames, {np.isfinite(rewards).mean():.0%} finite"
         raise ValueError(f"the reward function returned {given}; wanted is one for each, none NaN or infinite")
@@ -328,16 +328,35 @@ def whole(path: Path, mode: str = "wb") -> Iterator[io.BytesIO | io.StringIO]:
     os.replace(f"{path}.part", path)
 
 
+def restore(agent: SAC, path: Path, settings: dict) -> dict:
+    """Puts the agent where an interrupted run left it, and returns what else that run's state.pt holds."""
+    try:
+        saved = dict(torch.load(path, map_location=agent.device, weights_only=True))
+    except Exception as error:  # whatever unpickling meets
+        raise ValueError(f"{path} is damaged ({str(error)[:99]})") from error
+    differ = [key for key, value in saved["settings"].items() if value != settings.get(key)]
+    if differ:
+        others = "; ".join(f"{key} {saved['settings'][key]} there, {settings.get(key)} here" for key in differ)
+        raise ValueError(f"{path.parent} is of other settings: {others}")
+    agent.load_state_dict(saved["agent"])
+    for optimizer, state in zip(agent.optimizers, saved["optimizers"]):
+        optimizer.load_state_dict(state)
+    return saved
+
+
 def train(
     agent: SAC, envs: VectorEnv, eval_envs: VectorEnv, reward_fn: Callable | None, folder: Path | None = None
 ) -> Iterator[dict]:
-    """Algorithm 1. Yields a dict of numbers after each round; at the end the agent is its best checkpoint.
+    """Algorithm 1. Yields a dict after each round; at the end the agent is its best checkpoint.
+
+    In the dict are numbers (the losses are those of the round's last batch), success at each step of each episode,
+    (episodes, round_steps), under "success" and "eval_success", and "best": True where the checkpoint is the best yet.
 
     envs, eval_envs: vector environments made with autoreset_mode=DISABLED, for episodes of config.round_steps;
     eval_envs serve only the deterministic evaluations that choose the checkpoint, by reward alone. reward_fn: uint8
     frames (B, H, W, 3) -> rewards (B,). folder: all that it takes to go on is written there after each round, once
     the round's row has been dealt with; if an interrupted run is there already, this goes on where that stopped.
-    Raises ValueError for one of another config, and for rewards that are NaN or infinite.
+    Raises ValueError if that was of another config, and for rewards that are NaN or infinite.
 
     If torch.distributed has been initialised, every process runs this, with environments, a buffer and a share of each
     batch of its own; gradients are averaged, so that all agents stay the same.
@@ -363,20 +382,7 @@ def train(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     if folder is not None and (folder / "state.pt").exists():
-        try:
-            saved = dict(torch.load(folder / "state.pt", map_location=agent.device, weights_only=True))
-        except Exception as error:  # whatever unpickling meets
-            raise ValueError(f"{folder / 'state.pt'} is damaged ({str(error)[:99]})") from error
-        others = [
-            f"{key} {value} there, {settings.get(key)} here"
-            for key, value in saved["settings"].items()
-            if value != settings.get(key)
-        ]
-        if others:
-            raise ValueError(f"{folder} is of other settings: {'; '.join(others)}")
-        agent.load_state_dict(saved["agent"])
-        for optimizer, state in zip(agent.optimizers, saved["optimizers"]):
-            optimizer.load_state_dict(state)
+        saved = restore(agent, folder / "state.pt", settings)
         steps, best_reward, best, next_eval = (saved[key] for key in ("steps", "best_reward", "best", "next_eval"))
         oldest = max(0, steps - remembered)
         buffer.next = oldest // world % buffer.size
@@ -390,13 +396,14 @@ def train(
         raise ValueError(f"{folder} differs between the processes: those on several machines have to share it")
 
     for start in range(steps, config.steps, round_size):
-        steps, learning = start + round_size, start >= config.learning_starts
+        steps = start + round_size
         rng = np.random.default_rng([config.seed, start, rank])  # of this round alone, so that a run can be resumed
         torch.manual_seed(int(rng.integers(2**63)))
         # act; label the frames of the whole round; move it to D
-        act = agent.act if learning else lambda obs: rng.uniform(-1, 1, envs.action_space.shape)
-        episodes = 10**10 * (config.seed + 1) + start + rank * envs.num_envs  # the seed of the first
-        *columns, success = rollout(envs, act, config.round_steps, reward_fn, episodes)
+        explore = start < config.learning_starts
+        act = (lambda obs: rng.uniform(-1, 1, envs.action_space.shape)) if explore else agent.act
+        first_seed = 10**10 * (config.seed + 1) + start + rank * envs.num_envs  # of the environments' episodes
+        *columns, success = rollout(envs, act, config.round_steps, reward_fn, first_seed)
         rows = np.concatenate([x.reshape(round_size // world, -1) for x in columns], 1, dtype=np.float32)
         buffer.add(torch.from_numpy(rows))
         agent.norm.update(torch.as_tensor(gather(rows[:, :obs_size]), device=agent.device))
@@ -436,5 +443,6 @@ def train(
                 optimizers = [optimizer.state_dict() for optimizer in agent.optimizers]
                 torch.save(state | dict(agent=agent.state_dict(), optimizers=optimizers), file)
         if folder is not None:
+            # one more round is kept than the buffer remembers: other processes may still need it for the state before
             round_file(start - remembered - round_size).unlink(missing_ok=True)
     agent.load_state_dict(best)

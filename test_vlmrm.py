@@ -226,6 +226,14 @@ def test_physics_is_gymnasiums_to_the_last_bit_and_drawing_does_not_change_it():
         np.testing.assert_array_equal(ours.step(action[None])[0][0], theirs.step(action)[0])
 
 
+def test_drawing_and_judging_leave_gymnasiums_own_reward_as_it_is():
+    one, other = (vlmrm.make_envs(vlmrm.Scene(), condition, count=1) for condition in (None, vlmrm.kneeling))
+    one.reset(seed=7), other.reset(seed=7)
+    for action in np.random.default_rng(0).uniform(-0.4, 0.4, (10, 1, 17)):
+        other.render()
+        assert one.step(action)[1] == other.step(action)[1]
+
+
 def test_episodes_never_terminate_and_truncate_at_step_100():
     envs = vlmrm.make_envs(vlmrm.Scene(), vlmrm.kneeling, count=2)
     envs.reset(seed=0)
@@ -969,7 +977,7 @@ def test_a_killed_command_is_resumed_to_the_last_byte(tmp_path):
             stderr=subprocess.PIPE,
         )
 
-    settings = f"--steps 1600 {SMALL}".split()
+    settings = f"--steps 1600 {SMALL} --elevation -15".split()
     _, message = (whole := command(*settings, "--out", tmp_path / "whole")).communicate()
     assert whole.returncode == 0, message
     job = command(*settings, "--out", tmp_path / "run")
@@ -980,7 +988,7 @@ def test_a_killed_command_is_resumed_to_the_last_byte(tmp_path):
     _, message = (refused := command("--resume", tmp_path / "run", "--alpha", 0.25)).communicate()
     assert refused.returncode == 1 and "--alpha 0.25, there 0.5" in message and "Traceback" not in message
     for name, change, complaint in (
-        ("config.json", lambda text: text.replace('"envs": ', '"envs": 1.'), "is damaged"),
+        ("config.json", lambda text: text.replace('"envs": ', '"envs": 1.'), "is damaged (envs is 1."),
         ("metrics.csv", lambda text: text.splitlines()[0] + "\n", "it lacks rounds"),
     ):
         damaged = tmp_path / f"damaged {name}"

@@ -3,7 +3,7 @@
 A reward function usually has to be programmed. Here it is a sentence: a frozen CLIP compares a rendered frame of a
 robot, simulated in MuJoCo, with, say, "a humanoid robot kneeling", and that similarity, cleaned by the goal-baseline
 projection, is the reward of the time step: R(s) = VLM(l, psi(s)), equation (1), for the description l of the task and
-the picture psi(s) of the state s. sac.py learns from it. Here is all about the reward, in the order it is used:
+the picture psi(s) of the state s. sac.py learns from it. This file holds what concerns the reward, in order of use:
 
     1. the reward        equations (2) and (3), pure functions of embeddings: copy them into your own code
     2. CLIP              frames and sentences to embeddings, for any open_clip model
@@ -31,7 +31,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
@@ -115,19 +115,24 @@ EMBEDDED_CLIP = "tinyclip"
 PRECISIONS = "fp32", "fp16", "bf16"
 
 
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 class CLIP:
     """Any open_clip model, with its own image preprocessing and its own tokenizer.
 
     model: "NAME/TAG" from open_clip.list_pretrained(), such as "ViT-B-32/laion2b_s34b_b79k" (downloaded once, cached),
     "hf-hub:REPO", "local-dir:PATH", a folder with open_clip_config.json and weights, or "tinyclip", the one beside this
-    file. precision: fp32, or, to halve the memory of a big model, fp16 or bf16. Raises ValueError if there is no such
-    model or no way to get it.
+    file. device: left out, cuda where there is one. precision: fp32, or, to halve the memory of a big model, fp16 or
+    bf16. Raises ValueError if there is no such model or no way to get it.
     """
 
-    def __init__(self, model: str = EMBEDDED_CLIP, device: str = "cpu", precision: str = "fp32"):
+    def __init__(self, model: str = EMBEDDED_CLIP, device: str | None = None, precision: str = "fp32"):
         if not isinstance(model, str) or precision not in PRECISIONS:
             wanted = f"the model is given by its name, the precision is one of {', '.join(PRECISIONS)}"
             raise ValueError(f"model is {model!r}, precision {precision!r}: {wanted}")
+        device = device or default_device()
         try:
             torch.zeros(1, device=device).item()
         except (RuntimeError, AssertionError) as error:
@@ -245,8 +250,8 @@ class VLMRewardWrapper(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs)
 
     def step(self, action: np.ndarray) -> tuple:
         obs, reward, terminated, truncated, info = self.env.step(action)
-        clip_reward = float(sac.label(self.reward_fn, self.env.render()[None])[0])
-        return obs, clip_reward, terminated, truncated, info | {"env_reward": reward}
+        label = float(sac.label(self.reward_fn, self.env.render()[None])[0])
+        return obs, label, terminated, truncated, info | {"env_reward": reward}
 
 
 class VLMRewardVectorWrapper(gymnasium.vector.VectorWrapper):
@@ -280,8 +285,8 @@ class VLMRewardVectorWrapper(gymnasium.vector.VectorWrapper):
 # ----------------------------------------------------------------------------------------------------------------------
 # 3. The scene: psi(s), the frame that stands for state s. App. C.2: realistic textures, and a camera that shows height.
 
-CAMERA = dict(distance=3.5, elevation=-10, azimuth=180, lookat=(0, 0, 1))  # m, degrees; the paper's
-ORIGINAL_CAMERA = dict(distance=4.0, elevation=-20, azimuth=90, lookat=(0, 0, 2))  # Gymnasium's, but it follows
+CAMERA = dict(distance=3.5, elevation=-10.0, azimuth=180.0, lookat=(0, 0, 1))  # m, degrees; the paper's
+ORIGINAL_CAMERA = dict(distance=4.0, elevation=-20, azimuth=90, lookat=(0, 0, 2))  # Gymnasium's, but it follows in x, y
 SHELL, JOINT, ACCENT = (0.86, 0.88, 0.90, 1), (0.20, 0.22, 0.26, 1), (0.93, 0.45, 0.13, 1)  # rgba
 PAINT = dict.fromkeys(["torso1", "head", "butt", "shin1", "larm"], SHELL) | dict(foot=ACCENT, hand=ACCENT)
 PAINT |= dict.fromkeys(["uwaist", "lwaist", "thigh1", "uarm1"], JOINT)
@@ -333,7 +338,7 @@ class Scene:
                 raise ValueError(f"{CANNOT_DRAW} ({' '.join(str(error).split())[:99]})") from error
             for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
                 self.renderer.scene.flags[flag] = self.effects
-        mujoco.mj_kinematics(self.model, data)  # a step leaves the positions of a moment before its state
+        mujoco.mj_kinematics(self.model, data)  # positions of the bodies and the camera from qpos
         mujoco.mj_camlight(self.model, data)
         self.camera.lookat[:2] = data.qpos[:2]
         self.renderer.update_scene(data, self.camera)
@@ -349,7 +354,8 @@ def render_states(scene: Scene, states: np.ndarray) -> np.ndarray:
     """qpos (N, 24) -> frames, uint8 (N, height, width, 3). Raises ValueError for other shapes, NaN, and for none."""
     check_states(scene.model, states)
     data, frames = mujoco.MjData(scene.model), np.empty((len(states), *scene.size, 3), np.uint8)
-    for i, data.qpos[:] in enumerate(states):
+    for i, qpos in enumerate(states):
+        data.qpos[:] = qpos
         frames[i] = scene.render(data)
     return frames
 
@@ -377,7 +383,7 @@ def measure(model: mujoco.MjModel, data: mujoco.MjData) -> Pose:
     mujoco.mj_kinematics(model, data)
     torso, pelvis = (data.body(name).xmat.reshape(3, 3) for name in ("torso", "pelvis"))  # columns are axes
     left = pelvis[:2, 1] / max(np.linalg.norm(pelvis[:2, 1]), 1e-6)  # the pelvis' leftward axis, on the floor
-    turn = np.array([[left[1], -left[0], 0], [left[0], left[1], 0], [0, 0, 1]])  # from the world to the robot
+    turn = np.array([[left[1], -left[0], 0], [left[0], left[1], 0], [0, 0, 1]])  # rows: its forward, left, up
     origin = [*data.body("pelvis").xpos[:2], 0]
 
     def points(kind, *names):  # bodies begin at their joints
@@ -401,7 +407,8 @@ def measure_states(model: mujoco.MjModel, states: np.ndarray) -> Pose:
     """qpos (N, 24) -> a Pose of (N, ...) arrays. Raises ValueError for other shapes, NaN, and for none."""
     check_states(model, states)
     data, poses = mujoco.MjData(model), []
-    for data.qpos[:] in states:
+    for qpos in states:
+        data.qpos[:] = qpos
         poses.append(measure(model, data))
     return Pose(*(np.stack(values) for values in zip(*poses)))
 
@@ -427,8 +434,8 @@ def upright(p: Pose) -> np.ndarray:
     return p.up[..., Z] > 0.7  # the torso leans less than 45 degrees
 
 
-# Each condition is a dict of named parts that all have to hold: what meets all but one is a near miss, which a good
-# reward has to tell from the goal.
+# A condition is a function from a Pose to a dict of named parts, which all have to hold. What meets all but one is a
+# near miss, which a good reward has to tell from the goal.
 Condition = Callable[[Pose], dict]
 
 
@@ -438,7 +445,7 @@ def holds(condition: Condition, p: Pose) -> np.ndarray:
 
 
 def kneeling(p: Pose) -> dict:
-    """Both knees on the floor, shins behind them, upright; not sunk to a seat, nor in the lotus."""
+    """Both knees on the floor, not far apart, shins behind them, upright; not sunk to a seat, nor in the lotus."""
     return {
         "upright": upright(p),
         "knees on the floor": (p.knees[..., Z] < 0.11).all(-1),
@@ -513,7 +520,7 @@ def crossed(p: Pose) -> dict:
 
 
 def both(body: Condition, arms: Condition) -> Condition:
-    """The one and the other; to miss the body's is one miss, however many of its parts do not hold."""
+    """The one and the other. The body's counts as one part, however many of its own do not hold."""
     return lambda p: {body.__name__: holds(body, p)} | arms(p)
 
 
@@ -530,7 +537,7 @@ TASKS: dict[str, tuple[str, Condition]] = {  # name: (goal prompt, success condi
 }
 
 
-COMPOSITIONS: dict[str, tuple[str, Condition]] = {  # of body and arms, each of which tinyclip was shown, but never both
+COMPOSITIONS: dict[str, tuple[str, Condition]] = {  # tinyclip was shown these legs and these arms, but never together
     "kneeling-arms-raised": ("a humanoid robot kneeling, with both arms raised", both(kneeling, raised)),
     "kneeling-hands-on-hips": ("a humanoid robot kneeling with hands on hips", both(kneeling, on_hips)),
     "lotus-arms-raised": ("a humanoid robot in the lotus position, with both arms raised", both(lotus, raised)),
@@ -549,6 +556,10 @@ class Humanoid(HumanoidEnv):
 
     def _initialize_simulation(self):  # Gymnasium's hook for loading a model file
         return self.scene.model, mujoco.MjData(self.scene.model)
+
+    def do_simulation(self, ctrl: np.ndarray, n_frames: int):
+        super().do_simulation(ctrl, n_frames)
+        mujoco.mj_kinematics(self.model, self.data)  # else bodies are where they were a moment before qpos
 
     def step(self, action: np.ndarray) -> tuple:
         observation, reward, terminated, truncated, _ = super().step(action)
@@ -666,7 +677,7 @@ def goal_states(task: str) -> np.ndarray:
     model, condition = Scene().model, JUDGED[task][1]
     if task in COMPOSITIONS:
         states, rng = np.repeat(states, 8, 0), np.random.default_rng(0)
-        states[:, 18:] = states[rng.permutation(len(states)), 18:]
+        states[:, 18:] = states[rng.permutation(len(states)), 18:]  # the joints of the arms
     return states[holds(condition, measure_states(model, states))]
 
 
@@ -693,7 +704,7 @@ def short(model: str) -> str:
     return name.replace("/", "-").replace(":", "-")
 
 
-def write_csv(path: Path, columns: list[str], rows: list[dict]):
+def write_csv(path: Path, columns: Iterable[str], rows: list[dict]):
     with sac.whole(path, "w") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
@@ -702,7 +713,7 @@ def write_csv(path: Path, columns: list[str], rows: list[dict]):
 
 def evaluate(args: argparse.Namespace):
     """Judges rewards on a fixed set of states; see `python vlmrm.py evaluate --help` for what it reads and leaves."""
-    start, device = time.time(), args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    start, device = time.time(), args.device or default_device()
     out, tasks = args.out or Path("runs/evaluate"), list(dict.fromkeys(args.task or TASKS))
     alphas = sorted(set(args.alpha))
     middle = alphas[len(alphas) // 2]  # for figures of one alpha
@@ -823,7 +834,7 @@ def plot_frames(file: Path, name: str, rewards: dict, goals: dict, states: np.nd
                 color = (40, 180, 60) if reached else (0, 0, 0)
                 tile[:3], tile[-3:], tile[:, :3], tile[:, -3:] = color, color, color, color
             axis.imshow(np.concatenate(tiles, 1))
-            axis.set(xticks=59 + 118 * np.arange(each), yticks=[], xticklabels=[f"{x:.2f}" for x in r[which]])
+            axis.set(xticks=59 + 118 * np.arange(len(tiles)), yticks=[], xticklabels=[f"{x:.2f}" for x in r[which]])
             if row[0].get_subplotspec().is_first_row():
                 axis.set_title(kind, fontsize="medium")
     figure.savefig(file, dpi=100)
@@ -895,7 +906,7 @@ def plot_curve(rows: list[dict], prompt: str, goal_reward: float | None, path: P
 def record_video(
     act: Callable, camera: dict, look: str, path: Path, steps: int = 100, episodes: int = 3, seed: int = 3 * 10**9
 ):
-    """A GIF of whole episodes at half of real speed: left from CLIP's camera, right from the robot's side."""
+    """A GIF of whole episodes at half of real speed: left from CLIP's camera, right from further round."""
     side = camera | dict(azimuth=camera["azimuth"] - 65)
     views = [Scene((240, 240), look, view, effects=True) for view in (camera, side)]
     env, frames = Humanoid(views[0]), []
@@ -950,7 +961,7 @@ def resumed(args: argparse.Namespace) -> argparse.Namespace:
     asked = [key for key in settings if key != "out" and (key in typed or key == "prompt" and args.prompt)]
     differ = {key: f"{vars(args)[key]}, there {settings[key]}" for key in asked if vars(args)[key] != settings[key]}
     if differ:
-        named = "; ".join(f"--{key.replace('_', '-')} {values}" for key, values in differ.items())
+        named = "; ".join(f"{'--' * (key != 'prompt')}{key.replace('_', '-')} {differ[key]}" for key in differ)
         raise ValueError(f"{run} was begun with other settings: {named}. Leave them out")
     return argparse.Namespace(**settings | dict(out=run, resume=run))
 
@@ -958,7 +969,7 @@ def resumed(args: argparse.Namespace) -> argparse.Namespace:
 def train(args: argparse.Namespace):
     """Trains one policy; see `python vlmrm.py train --help` for what it reads and leaves."""
     start, args = time.time(), resumed(args) if args.resume else args
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = args.device or default_device()
     rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # as torchrun sets them
     world, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if world > 1:
@@ -993,8 +1004,8 @@ def train(args: argparse.Namespace):
     envs, eval_envs = (make_envs(scene, condition, args.envs // world, config.round_steps) for _ in range(2))
     agent = sac.SAC(envs.single_observation_space, envs.single_action_space, config, device)
 
-    def judge(act, reward_fn=None):  # on seeds that neither training nor selection uses
-        return sac.evaluate(eval_envs, act, reward_fn, args.episodes, seed=2 * 10**9, episode_steps=config.round_steps)
+    def judge(act, label_with=None):  # on seeds that neither training nor selection uses
+        return sac.evaluate(eval_envs, act, label_with, args.episodes, seed=2 * 10**9, episode_steps=config.round_steps)
 
     folder, metrics = out / "checkpoint", out / "metrics.csv"
     if rank == 0 and not args.resume:
@@ -1115,8 +1126,8 @@ def parser() -> argparse.ArgumentParser:
     command = add_command("train", train, "train a policy on a sentence", TRAIN, usage=usage)
     group = command.add_argument_group("the task")
     add(group, "prompt", "the goal in a sentence, or in several to be averaged", nargs="*")
-    meaning = "one of the paper's: its prompt (unless you give another) and its success condition. Without a prompt: "
-    add(group, "--task", meaning + "kneeling", choices=JUDGED)
+    meaning = "one of the paper's eight, or a combination that tinyclip was never shown: its prompt (unless you give "
+    add(group, "--task", meaning + "another) and its success condition. Without a prompt: kneeling", choices=JUDGED)
     add(group, "--alpha", "strength of the projection, from 0 (plain CLIP) to 1", type=float, default=0.5)
     add_clip(command.add_argument_group("the CLIP"))
     group = command.add_argument_group("the scene")
@@ -1159,7 +1170,7 @@ def main(argv: list[str] | None = None):
     except (ValueError, OSError) as error:  # OSError: a full disk, a folder that must not be written
         sys.exit(f"error: {error}")
     except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error).lower():
+        if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
             raise
         advice = "use a smaller model, --precision fp16, or smaller --hidden, --batch-size, --buffer-size, --envs"
         sys.exit(f"error: not enough memory ({' '.join(str(error).split())[:160]}): {advice}")

@@ -373,7 +373,7 @@ def bench_loop(args):
     import stable_baselines3
 
     clip = vlmrm.CLIP(device=args.device)
-    config = sac.Config(steps=1_000_000)
+    config = sac.Config(steps=100_000)
     scene, reward = vlmrm.Scene(clip.size), vlmrm.VLMReward(clip, PROMPT)
     envs, eval_envs = (vlmrm.make_envs(scene, vlmrm.TASKS["kneeling"][1]) for _ in range(2))
     agent = sac.SAC(envs.single_observation_space, envs.single_action_space, config, args.device)
