@@ -1,8 +1,10 @@
-"""The results on the front page, from finished runs: python benchmarks/results.py runs/*/
+"""The results on the front page, from finished runs: python benchmarks/results.py RUN ...
 
-Puts into assets/ what a reader needs to check them: runs/NAME.csv (the metrics of a run), runs/results.csv (a row for
-each run), gallery.gif (of each of the paper's tasks the seed with the highest CLIP reward, as in the paper; success
-has no say) and alpha.png (kneeling by alpha). Prints the tables. It trains nothing.
+Adds to assets/ what a reader needs to check them: runs/NAME.csv (the metrics of a run) and a row in runs/results.csv,
+which replaces that of the same task, alpha and seed. Prints the table of all rows. It trains nothing.
+
+--gallery also draws assets/gallery.gif (of each task among the runs the seed with the highest CLIP reward, as in the
+paper; success has no say), --alphas draws assets/alpha.png (kneeling by alpha, from the rows and their metrics).
 """
 
 import argparse
@@ -19,9 +21,22 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 ASSETS = Path(__file__).parent.parent / "assets"
+RUNS = ASSETS / "runs"
 PAPER = dict(zip(vlmrm.TASKS, (1, 1, 1, 1, 1, 0.64, 0, 0)))  # Table 1: ViT-bigG-14, 10 million steps
 COLUMNS = "task alpha seed steps episodes success success_held reward reward_at_the_end reward_of_goal_poses".split()
-COLUMNS.append("seconds")
+COLUMNS += "success_zero success_random success_untrained seconds".split()
+
+
+def name_of(row: dict) -> str:
+    return f"{row['task']}" + f"-alpha{row['alpha']:g}" * (row["alpha"] != 0.5) + f"-seed{row['seed']:g}"
+
+
+def read(path: Path) -> list[dict]:
+    """The rows of a CSV file, numbers as numbers; none if there is no such file."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return [{k: v if k == "task" else float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
 
 
 def spread(values: Iterable) -> str:
@@ -30,23 +45,19 @@ def spread(values: Iterable) -> str:
     return f"{np.mean(values):.0f}%" + f" ({min(values)}-{max(values)})" * (min(values) < max(values))
 
 
-def print_table(runs: list[dict], ceilings: dict):
+def print_table(rows: list[dict], ceilings: dict):
     columns = "task | prompt | seeds | success | held | zero action | CLIP reward at the end | of goal poses | ceiling"
     print(f"| {columns} | steps | minutes | the paper's, of another experiment |\n" + "|---" * 12 + "|")
     for task, (prompt, _) in vlmrm.JUDGED.items():
-        some = [run for run in runs if run["task"] == task]
-        if not some:
-            continue
-        zero = [run["references"]["zero action"]["success"] for run in some]
-        rewards = [
-            f"{np.mean([run[key] for run in some]):.3f}" for key in ("reward_at_the_end", "reward_of_goal_poses")
-        ]
-        ceiling = [f"{float(ceilings[task][key]):.0%}" for key in ("success", "success_held") if task in ceilings]
-        minutes = [f"{run['seconds'] / 60:.0f}" for run in some if run["seconds"]]
-        cells = [task, prompt, len(some), spread(run["success"] for run in some)]
-        cells += [spread(run["success_held"] for run in some), spread(zero), *rewards, " / ".join(ceiling)]
-        cells += [f"{max(run['steps'] for run in some):,}", ", ".join(minutes)]
-        print("|", " | ".join(map(str, cells)), "|", f"{PAPER[task]:.0%} |" if task in PAPER else " |")
+        for alpha in sorted({row["alpha"] for row in rows if row["task"] == task}):
+            some = [row for row in rows if (row["task"], row["alpha"]) == (task, alpha)]
+            rewards = [f"{np.mean([row[key] for row in some]):.3f}" for key in COLUMNS[8:10]]
+            ceiling = [f"{float(ceilings[task][key]):.0%}" for key in ("success", "success_held") if task in ceilings]
+            minutes = [f"{row['seconds'] / 60:.0f}" for row in some if "seconds" in row]
+            cells = [task + f", alpha {alpha:g}" * (alpha != 0.5), prompt, len(some)]
+            cells += [spread(row[key] for row in some) for key in ("success", "success_held", "success_zero")]
+            cells += [*rewards, " / ".join(ceiling), f"{max(row['steps'] for row in some):,.0f}", ", ".join(minutes)]
+            print("|", " | ".join(map(str, cells)), "|", f"{PAPER[task]:.0%} |" if task in PAPER else "|")
 
 
 def draw_gallery(runs: list[dict], path: Path):
@@ -65,20 +76,20 @@ def draw_gallery(runs: list[dict], path: Path):
     frames[0].save(path, save_all=True, append_images=frames[1:] + frames[-1:] * 5, duration=180, loop=0)
 
 
-def draw_alphas(runs: list[dict], path: Path):
+def draw_alphas(rows: list[dict], path: Path):
     """Kneeling by alpha: success, and the steps until an evaluation first succeeds in 80% of its episodes."""
     figure, (left, right) = vlmrm.panels(2, "Kneeling by alpha: a point is a seed, the line their mean", xlabel="alpha")
-    alphas = sorted({run["alpha"] for run in runs})
-    for run in runs:
-        rows = vlmrm.read_metrics(run["folder"] / "metrics.csv")
-        run["to80"] = next((row["steps"] for row in rows if row.get("eval_success", 0) >= 0.8), np.nan)
+    alphas = sorted({row["alpha"] for row in rows})
+    for row in rows:
+        metrics = vlmrm.read_metrics(RUNS / f"{name_of(row)}.csv")
+        row["to80"] = next((step["steps"] for step in metrics if step.get("eval_success", 0) >= 0.8), np.nan)
     for axis, key, label, color in (
         (left, "success", "in half of the steps", "C1"),
         (left, "success_held", "held through the last 20", "C2"),
         (right, "to80", "", "C0"),
     ):
-        axis.plot([run["alpha"] for run in runs], [run[key] for run in runs], "o", ms=4, alpha=0.5, color=color)
-        means = [np.mean([run[key] for run in runs if run["alpha"] == alpha]) for alpha in alphas]
+        axis.plot([row["alpha"] for row in rows], [row[key] for row in rows], "o", ms=4, alpha=0.5, color=color)
+        means = [np.mean([row[key] for row in rows if row["alpha"] == alpha]) for alpha in alphas]
         axis.plot(alphas, means, color=color, label=label)
     left.set(ylabel="success", ylim=(-0.02, 1.02))
     left.legend(fontsize="small")
@@ -90,22 +101,27 @@ def draw_alphas(runs: list[dict], path: Path):
 
 def main():
     parser = argparse.ArgumentParser(description="Tables and pictures of finished runs, into assets/.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    parser.add_argument("--ceiling", type=Path, default=ASSETS / "runs/ceiling.csv", help="what ceiling.py wrote")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN")
+    parser.add_argument("--gallery", action="store_true", help="draw the runs' videos side by side")
+    parser.add_argument("--alphas", action="store_true", help="draw kneeling by alpha")
     args = parser.parse_args()
-    runs = [json.loads((folder / "result.json").read_text()) | dict(folder=folder) for folder in args.runs]
-    runs = sorted((run for run in runs if run["task"]), key=lambda run: (run["task"], run["alpha"], run["seed"]))
-    usual = [run for run in runs if run["alpha"] == 0.5]
-    (ASSETS / "runs").mkdir(parents=True, exist_ok=True)
-    for run in runs:
-        shutil.copy(run["folder"] / "metrics.csv", ASSETS / "runs" / f"{run['folder'].name}.csv")
-    rows = [{key: run[key] for key in COLUMNS if run[key] is not None} for run in runs]
-    vlmrm.write_csv(ASSETS / "runs/results.csv", COLUMNS, rows)
-    with open(args.ceiling, newline="") as file:
-        print_table(usual, {row["task"]: row for row in csv.DictReader(file)})
-    draw_gallery(usual, ASSETS / "gallery.gif")
-    if len({run["alpha"] for run in runs}) > 1:
-        draw_alphas([run for run in runs if run["task"] == "kneeling"], ASSETS / "alpha.png")
+    results = [json.loads((folder / "result.json").read_text()) | dict(folder=folder) for folder in args.runs]
+    for result in results:
+        for name, rates in result["references"].items():
+            result[f"success_{name.split()[0]}"] = rates["success"]
+    RUNS.mkdir(parents=True, exist_ok=True)
+    rows = {}
+    for row in [*read(RUNS / "results.csv"), *(result for result in results if result["task"])]:
+        rows[name_of(row)] = {key: row[key] for key in COLUMNS if row.get(key) not in (None, "")}
+    for result in results:
+        shutil.copy(result["folder"] / "metrics.csv", RUNS / f"{name_of(result)}.csv")
+    rows = sorted(rows.values(), key=lambda row: (row["task"], row["alpha"], row["seed"]))
+    vlmrm.write_csv(RUNS / "results.csv", COLUMNS, rows)
+    print_table(rows, {row["task"]: row for row in read(RUNS / "ceiling.csv")})
+    if args.gallery:
+        draw_gallery(results, ASSETS / "gallery.gif")
+    if args.alphas:
+        draw_alphas([row for row in rows if row["task"] == "kneeling"], ASSETS / "alpha.png")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Makes the embedded CLIP in this folder from nothing: python tinyclip/make.py, under an hour on 2 cores, no downloads.
+"""Makes a CLIP like the embedded one, into runs/clip: python tinyclip/make.py, under an hour on 2 cores, no downloads.
 
 What it is, plainly: a stand-in, trained on captioned pictures of this very robot, including rollouts of policies that
 were trained on its own earlier rounds. It lets everything in this repository run on any machine. It is not zero-shot,
@@ -653,7 +653,7 @@ def main():
     parser = argparse.ArgumentParser(
         description="Makes the embedded CLIP from nothing.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=FOLDER, help="where the model goes")
+    parser.add_argument("--out", type=Path, default=Path("runs/clip"), help="where the model goes, after each round")
     parser.add_argument(
         "--rounds", type=int, default=2, help="times that policies trained on the model add to its data"
     )
