@@ -291,6 +291,7 @@ def arms(shoulder1, shoulder2, elbow):
 
 RAISED, ON_HIPS, CROSSED, HANGING = arms(-75, -5, -30), arms(45, -55, -30), arms(55, 35, -80), arms(45, -35, -80)
 ASIDE, FORWARD, ON_CHEST, DOWN = arms(-55, -55, -50), arms(5, -5, 0), arms(55, -65, 40), arms(25, -45, -85)
+AT_HEAD, BEHIND_BACK = arms(-40, 10, 40), arms(60, -85, -60)
 ONE_RAISED = HANGING | {joint: angle for joint, angle in RAISED.items() if joint.startswith("left")}
 STAND, KNEEL, ON_HEELS = dict(knee=-2), dict(knee=-90), dict(hip_y=-60, knee=-150)
 ONE_KNEE = dict(left_knee=-90, right_hip_y=-90, right_knee=-90)
@@ -1693,6 +1694,14 @@ def test_captions_are_true_of_their_own_frame_and_the_bare_baseline_of_all(make)
         (ALL_FOURS, "fours any lying"),
         (STRADDLE, "straddle any upright"),
         (STAND | IN_THE_AIR, "air any upright"),
+        (STAND | AT_HEAD, "stand head upright"),
+        (STAND | BEHIND_BACK, "stand back upright"),
+        (STAND | ON_CHEST, "stand chest upright"),
+        (
+            STAND | HANGING | {joint: angle for joint, angle in CROSSED.items() if "left" in joint},
+            "stand one_across any",
+        ),
+        (STAND | ON_HIPS | dict(abdomen_z=40), "stand down upright"),  # the pelvis is turned away beneath the hands
     ],
 )
 def test_captioner_names_poses_placed_by_hand(make, pose, names):
@@ -1712,7 +1721,7 @@ def test_held_out_combinations_are_in_no_training_frame_and_in_no_caption(make):
         assert (vlmrm.holds(condition, pose) & kept).any(), task
     labels, rng = make.label(states[kept]), np.random.default_rng(0)
     said = set()  # pairs of a legs and an arms phrase
-    for _ in range(20):
+    for _ in range(60):
         said |= {(legs, arms) for legs, arms, _ in make.write_captions(labels, rng)[1] if legs and arms}
     phrases, words = make.TABLES[0][0], make.TABLES[1][0]
     said = {(phrases[legs], words[arms]) for legs, arms in said}

@@ -114,7 +114,8 @@ def arms_from_torso(p: Pose):
     how far the elbow is aside of it, the hand's distance from its hip, its height over the pelvis: six times (N, 2)."""
     across = np.cross(p.up, p.facing)  # (N, 3) the torso's leftward axis
     hand, elbow, low = p.hands - p.shoulders, p.elbows - p.shoulders, p.hands - p.pelvis[:, None]
-    hip = across[:, None] * SIDES[:, None] * 0.2
+    hip = p.hips - p.hips.mean(1, keepdims=True)  # (N, 2, 3) 0.1 m to each side, however the pelvis is turned
+    hip = hip + 0.1 * hip / np.linalg.norm(hip, axis=-1, keepdims=True)  # the joint lies inside: to the skin
     return (
         *(
             (v * axis[:, None]).sum(-1) * side
@@ -128,7 +129,8 @@ def arms_from_torso(p: Pose):
 def arms_of(p: Pose) -> np.ndarray:
     """What the arms do, seen from the torso: an index into ARMS, (N,)."""
     up, forward, aside, elbow_aside, from_hip, over_pelvis = arms_from_torso(p)
-    raised = up > 0.22
+    raised = up > 0.23  # above the top of the head, which is 0.22 over the shoulders
+    by_head = np.linalg.norm(p.hands - p.head[:, None], axis=-1) < 0.32
     rules = {
         "raised": raised.all(1),
         "crossed": (aside < -0.215).all(1)
@@ -140,7 +142,14 @@ def arms_of(p: Pose) -> np.ndarray:
         "one_raised": raised.any(1) & (up.min(1) < 0.1),
         "sides": (aside > 0.33).all(1) & (np.abs(up) < 0.28).all(1),
         "forward": (forward > 0.30).all(1) & (np.abs(up) < 0.22).all(1) & (np.abs(aside) < 0.32).all(1),
+        "head": (up > -0.05).all(1) & by_head.all(1),
+        "back": (up < -0.05).all(1) & (forward < -0.08).all(1) & (aside < 0.15).all(1),
+        "chest": (np.abs(up + 0.16) < 0.2).all(1) & (forward > 0.05).all(1) & (aside < 0.12).all(1),
+        "one_across": ((aside < -0.17) & (forward > 0.05)).any(1),
         "down": (up < -0.26).all(1) & (np.abs(aside) < 0.40).all(1),
+        "one_side": ((aside > 0.33) & (np.abs(up) < 0.28)).any(1),
+        "one_forward": ((forward > 0.30) & (np.abs(up) < 0.22)).any(1),
+        "bent": (np.abs(up) <= 0.32).all(1),
         "other": np.ones(len(up), bool),
     }
     assert list(rules) == ARMS
@@ -161,7 +170,7 @@ HELD_OUT = [  # legs and arms whose combination is in no training frame and henc
     ("sit sit_long sit_bent straddle half_splits", "crossed"),
     ("squat knees_bent", "crossed"),
 ]
-NEAR_HELD_OUT = {  # and what looks almost like them goes too
+NEAR_HELD_OUT = {  # and what looks almost like them goes too, if it is low and upright enough: a fall stays
     "raised": "knees_bowed knees_back one_knee half_splits sit slouch awkward fall recline",
     "hips": "knees_wide knees_bowed knees_back awkward fall",
     "crossed": "slouch awkward lotus splits recline",
@@ -177,9 +186,12 @@ def held_out(p: Pose) -> np.ndarray:
         "crossed": (aside < -0.14).all(1) & (forward > 0).all(1),
         "hips": (from_hip < 0.20).all(1) & (over_pelvis > -0.12).all(1),
     }
-    legs = np.array(LEGS)[legs_of(p)]
+    legs, almost = np.array(LEGS)[legs_of(p)], (p.up[:, Z] > 0.55) & (p.pelvis[:, Z] < 0.6)
     return np.logical_or.reduce(
-        [np.isin(legs, (names + " " + NEAR_HELD_OUT[name]).split()) & arms[name] for names, name in HELD_OUT]
+        [
+            (np.isin(legs, names.split()) | np.isin(legs, NEAR_HELD_OUT[name].split()) & almost) & arms[name]
+            for names, name in HELD_OUT
+        ]
     )
 
 
@@ -187,7 +199,9 @@ LEGS = (
     "air lotus kneel heels knees_wide one_knee stand one_leg step knees_bent squat splits straddle sit_long "
     "half_splits sit_bent sit bow fours knees_bowed knees_back lean fall recline slouch supine prone side awkward"
 ).split()
-ARMS = ["raised", "crossed", "hips", "one_raised", "sides", "forward", "down", "other"]
+ARMS = (
+    "raised crossed hips one_raised sides forward head back chest one_across down one_side one_forward bent other"
+).split()
 TRUNK = ["upright", "lying", "forward", "back", "sideways"]
 
 # sentences, and of which labels they are true
@@ -253,6 +267,13 @@ ARM_PHRASES = [
     ("with one arm raised|raising one hand|waving|with one hand up", "one_raised"),
     ("with its arms out to the sides|with arms spread|in a T-pose|arms outstretched", "sides"),
     ("with its arms stretched forward|reaching forward|with its hands in front", "forward"),
+    ("with its hands at its head|holding its head|with both hands beside its head|covering its face", "head"),
+    ("with its hands behind its back|with its arms behind it", "back"),
+    ("with its hands before its chest|praying|with its hands together", "chest"),
+    ("with one arm across its chest|with one arm folded|holding its own arm", "one_across"),
+    ("with one arm out to the side|pointing to the side", "one_side"),
+    ("with one arm stretched forward|pointing forward|reaching out with one hand", "one_forward"),
+    ("with bent arms|with its elbows bent", "bent"),
     ("with its arms down|with its arms hanging|with arms at its sides|arms down", "down"),
 ]
 TRUNK_PHRASES = [
@@ -385,7 +406,7 @@ class Body:
         self.low, self.high = self.model.jnt_range[1:].T  # (17,) radians
         address = {self.model.joint(j).name: self.model.joint(j).qposadr[0] for j in range(1, self.model.njnt)}
         self.legs, self.arms = [address[name] for name in LEG_JOINTS], [address[name] for name in ARM_JOINTS]
-        self.abdomen = address["abdomen_y"]
+        self.abdomen, self.waist = address["abdomen_y"], [address["abdomen_x"], address["abdomen_z"]]
         self.motors = np.array([address[self.model.actuator(i).name] for i in range(self.model.nu)])
         self.gear = self.model.actuator_gear[:, 0]
 
@@ -424,7 +445,7 @@ class Body:
 
 
 def arm_library(body, rng, each=200):
-    """Angles of both arms (n, 6), equally many of each of ARMS, found by trying random ones."""
+    """Angles of both arms (n, 6), equally many of each of ARMS, found by trying random ones; twice those of prompts."""
     limits = body.low[[a - 7 for a in body.arms]], body.high[[a - 7 for a in body.arms]]
     angles = rng.uniform(*limits, (12_000, 6))
     mirrored = rng.random(len(angles)) < 0.7
@@ -432,8 +453,9 @@ def arm_library(body, rng, each=200):
     states = np.tile(body.model.qpos0, (len(angles), 1))
     states[:, body.arms] = np.clip(angles, *limits)
     labels = arms_of(vlmrm.measure_states(body.model, states))
+    kinds = [*range(len(ARMS)), *(ARMS.index(name) for name in ("raised", "crossed", "hips"))]
     return np.concatenate(
-        [states[labels == k][rng.integers((labels == k).sum(), size=each)][:, body.arms] for k in range(len(ARMS))]
+        [states[labels == k][rng.integers((labels == k).sum(), size=each)][:, body.arms] for k in kinds]
     )
 
 
@@ -447,6 +469,8 @@ def pose(body, arms, rng):
         qpos[body.legs[4:]] = body.scripted(rng)[body.legs[4:]]
     elif kind < 0.47:
         qpos[7:] = rng.uniform(body.low, body.high)
+    if rng.random() < 0.4:  # policies like to twist
+        qpos[body.waist] = rng.uniform(body.low, body.high)[[a - 7 for a in body.waist]]
     qpos[7:] += np.deg2rad(rng.choice([2, 6, 12])) * rng.standard_normal(17)
     qpos[body.arms] = arms[rng.integers(len(arms))] + np.deg2rad(4) * rng.standard_normal(6)
     yaw = rng.normal(0, 0.35) if rng.random() < 0.8 else rng.uniform(-np.pi, np.pi)
