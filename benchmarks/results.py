@@ -51,12 +51,17 @@ def print_table(rows: list[dict], ceilings: dict):
     for task, (prompt, _) in vlmrm.JUDGED.items():
         for alpha in sorted({row["alpha"] for row in rows if row["task"] == task}):
             some = [row for row in rows if (row["task"], row["alpha"]) == (task, alpha)]
-            rewards = [f"{np.mean([row[key] for row in some]):.3f}" for key in COLUMNS[8:10]]
+            rewards = [np.mean([row[key] for row in some]) for key in ("reward_at_the_end", "reward_of_goal_poses")]
             ceiling = [f"{float(ceilings[task][key]):.0%}" for key in ("success", "success_held") if task in ceilings]
             minutes = [f"{row['seconds'] / 60:.0f}" for row in some if "seconds" in row]
             cells = [task + f", alpha {alpha:g}" * (alpha != 0.5), prompt, len(some)]
             cells += [spread(row[key] for row in some) for key in ("success", "success_held", "success_zero")]
-            cells += [*rewards, " / ".join(ceiling), f"{max(row['steps'] for row in some):,.0f}", ", ".join(minutes)]
+            cells += [
+                *(f"{reward:.3f}" for reward in rewards),
+                " / ".join(ceiling),
+                f"{max(row['steps'] for row in some):,.0f}",
+                ", ".join(minutes),
+            ]
             print("|", " | ".join(map(str, cells)), "|", f"{PAPER[task]:.0%} |" if task in PAPER else "|")
 
 
@@ -106,12 +111,13 @@ def main():
     parser.add_argument("--alphas", action="store_true", help="draw kneeling by alpha")
     args = parser.parse_args()
     results = [json.loads((folder / "result.json").read_text()) | dict(folder=folder) for folder in args.runs]
+    results = [result for result in results if result["task"]]  # others have no success to report
     for result in results:
         for name, rates in result["references"].items():
             result[f"success_{name.split()[0]}"] = rates["success"]
     RUNS.mkdir(parents=True, exist_ok=True)
     rows = {}
-    for row in [*read(RUNS / "results.csv"), *(result for result in results if result["task"])]:
+    for row in [*read(RUNS / "results.csv"), *results]:
         rows[name_of(row)] = {key: row[key] for key in COLUMNS if row.get(key) not in (None, "")}
     for result in results:
         shutil.copy(result["folder"] / "metrics.csv", RUNS / f"{name_of(result)}.csv")
