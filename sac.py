@@ -42,12 +42,12 @@ def setting(default: float, meaning: str):
 class Config:
     """Hyperparameters, chosen for minutes on a laptop. [In brackets: the paper's, for days on 4 GPUs, if different.]
 
-    Not in the paper's SAC either: standardised observations, layer norm in the critics, the averaged actor, the choice
-    of the checkpoint by deterministic episodes rather than by training reward.
+    Not in the paper's SAC either: standardised observations, layer norm in the critics, pink exploration noise, the
+    averaged actor, the choice of the checkpoint by deterministic episodes rather than by training reward.
     """
 
     steps: int = setting(100_000, "environment steps in all [10 million]")
-    learning_starts: int = setting(4_800, "random steps before the first update [50,000]")
+    learning_starts: int = setting(4_800, "steps before the first update, by the untrained policy [50,000]")
     round_steps: int = setting(100, "steps of an episode, and of each environment between two labellings")
     updates_per_step: float = setting(0.25, "gradient updates for each environment step [1]")
     batch_size: int = setting(256, "transitions in an update [512]")
@@ -108,11 +108,11 @@ class Actor(nn.Module):
         self.body = nn.Sequential(nn.Linear(obs_size, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
         self.head = nn.Linear(hidden, 2 * act_size)
 
-    def forward(self, obs: Tensor, deterministic: bool = False) -> tuple[Tensor, Tensor]:
-        """obs (B, O) -> action (B, A), log_prob (B,) = log pi(action | obs)."""
+    def forward(self, obs: Tensor, noise: Tensor | float | None = None) -> tuple[Tensor, Tensor]:
+        """obs (B, O) -> action (B, A), log_prob (B,) = log pi(action | obs). noise (B, A): left out, N(0, 1)."""
         mean, log_std = self.head(self.body(obs)).chunk(2, -1)
         log_std = log_std.clamp(-20, 2)
-        noise = torch.zeros_like(mean) if deterministic else torch.randn_like(mean)
+        noise = torch.randn_like(mean) if noise is None else noise
         u = mean + log_std.exp() * noise
         log_prob = (-0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)  # log N(u; mean, std)
         # change of variables, - log|da/du| = - log(1 - tanh(u)^2), in a form safe for large |u| (1812.05905, App. C)
@@ -193,14 +193,16 @@ class SAC(nn.Module):
         self.optimizers = [torch.optim.Adam(some, config.learning_rate, fused=True) for some in trained]
 
     @torch.no_grad()
-    def act(self, obs: np.ndarray, deterministic: bool = False) -> np.ndarray:
-        """Observations (N, O), raw -> actions (N, A) in (-1, 1): a sample of the policy, or its averaged centre."""
+    def act(self, obs: np.ndarray, noise: Tensor | None = None) -> np.ndarray:
+        """Observations (N, O), raw -> actions (N, A) in (-1, 1): a sample of the policy. noise as in the actor."""
         obs = torch.as_tensor(obs, dtype=torch.float32, device=self.device)
-        actor = self.mean_actor if deterministic else self.actor
-        return actor(self.norm(obs), deterministic)[0].cpu().numpy()
+        return self.actor(self.norm(obs), noise)[0].cpu().numpy()
 
+    @torch.no_grad()
     def best_action(self, obs: np.ndarray) -> np.ndarray:
-        return self.act(obs, deterministic=True)
+        """Observations (N, O), raw -> actions (N, A) in (-1, 1): the centre of the averaged policy."""
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.device)
+        return self.mean_actor(self.norm(obs), noise=0)[0].cpu().numpy()
 
     def critic_loss(self, obs: Tensor, action: Tensor, reward: Tensor, next_obs: Tensor, terminated: Tensor) -> Tensor:
         """Mean squared soft Bellman error. Only `terminated` cuts the future off: a truncated episode would go on."""
@@ -273,6 +275,20 @@ def label(reward_fn: Callable, frames: np.ndarray) -> np.ndarray:
         given = f"rewards of shape {rewards.shape} for {len(frames)} frames, {np.isfinite(rewards).mean():.0%} finite"
         raise ValueError(f"the reward function returned {given}; wanted is one for each, none NaN or infinite")
     return rewards
+
+
+def pink_noise(rng: np.random.Generator, shape: tuple[int, int, int]) -> np.ndarray:
+    """Gaussian noise (T, N, A) of variance 1 whose power falls as 1 / frequency, over T steps, in each of N x A places.
+
+    White noise makes a body tremble: from one step to the next it takes back what it did. This also pushes a joint the
+    same way for many steps, so that the robot gets somewhere by chance (Eberhard et al. 2023, "Pink Noise Is All You
+    Need: Colored Noise Exploration in Deep Reinforcement Learning").
+    """
+    steps = shape[0]
+    frequency = np.maximum(np.abs(np.fft.fftfreq(steps, 1 / steps)), 1)  # (T,) 0, 1, 2, ... periods in T; for 0 take 1
+    scale = frequency[:, None, None] ** -0.5  # of the amplitude, whose square is the power
+    noise = np.fft.ifft(np.fft.fft(rng.standard_normal(shape), axis=0) * scale, axis=0).real
+    return noise / np.sqrt((scale**2).mean())
 
 
 def rollout(envs: VectorEnv, act: Callable, steps: int, reward_fn: Callable | None, seed: int) -> list[np.ndarray]:
@@ -400,10 +416,12 @@ def train(
         rng = np.random.default_rng([config.seed, start, rank])  # of this round alone, so that a run can be resumed
         torch.manual_seed(int(rng.integers(2**63)))
         # act; label the frames of the whole round; move it to D
-        explore = start < config.learning_starts
-        act = (lambda obs: rng.uniform(-1, 1, envs.action_space.shape)) if explore else agent.act
+        noise = pink_noise(rng, (config.round_steps, *envs.action_space.shape))
+        noise = iter(torch.as_tensor(noise, dtype=torch.float32, device=agent.device))
         first_seed = 10**10 * (config.seed + 1) + start + rank * envs.num_envs  # of the environments' episodes
-        *columns, success = rollout(envs, act, config.round_steps, reward_fn, first_seed)
+        *columns, success = rollout(
+            envs, lambda obs: agent.act(obs, next(noise)), config.round_steps, reward_fn, first_seed
+        )
         rows = np.concatenate([x.reshape(round_size // world, -1) for x in columns], 1, dtype=np.float32)
         buffer.add(torch.from_numpy(rows))
         agent.norm.update(torch.as_tensor(gather(rows[:, :obs_size]), device=agent.device))

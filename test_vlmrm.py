@@ -405,7 +405,17 @@ def test_actors_log_probability_is_that_of_a_squashed_gaussian():
     normal = torch.distributions.Normal(mean, log_std.exp())
     squashed = torch.distributions.TransformedDistribution(normal, torch.distributions.TanhTransform())
     torch.testing.assert_close(log_prob, squashed.log_prob(action).sum(-1))
-    torch.testing.assert_close(actor(obs, deterministic=True)[0], mean.tanh())
+    torch.testing.assert_close(actor(obs, noise=0)[0], mean.tanh())
+
+
+def test_exploration_noise_is_gaussian_of_variance_1_and_its_power_falls_as_one_over_frequency():
+    noise = sac.pink_noise(np.random.default_rng(0), (100, 400, 17))
+    assert np.allclose((noise**2).mean((1, 2)), 1, atol=0.05)  # at every step
+    assert abs((noise**4).mean() - 3) < 0.05  # a Gaussian's fourth moment
+    power = (np.abs(np.fft.rfft(noise, axis=0)) ** 2).mean((1, 2))[1:-1]  # at 1, 2, 3, ... periods
+    assert np.allclose(power * np.arange(1, 50) / power[0], 1, atol=0.1)
+    for steps in 1, 2, 3, 7:
+        assert abs((sac.pink_noise(np.random.default_rng(1), (steps, 4000, 2)) ** 2).mean() - 1) < 0.05
 
 
 def q(critic, obs, action):
@@ -601,6 +611,14 @@ def test_sac_solves_a_task_that_it_sees_only_through_frames():
         for act in (straight_to_the_middle, agent.best_action)
     )
     assert learned > best - 0.02 and rows[0]["reward"] < best - 0.3
+
+
+def test_a_round_explores_with_pink_noise(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sac.SAC, "act", lambda agent, obs, noise: seen.append(noise.numpy()) or np.zeros(noise.shape))
+    rows = learn(320)[1]
+    noise = np.stack(seen[:20])  # of the first round: (steps, environments, actions)
+    assert len(seen) == 20 * len(rows) and noise.shape == (20, 8, 2) and (noise[1:] * noise[:-1]).mean() > 0.3
 
 
 def test_one_seed_gives_one_run():
