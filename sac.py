@@ -42,8 +42,8 @@ def setting(default: float, meaning: str):
 class Config:
     """Hyperparameters, chosen for minutes on a laptop. [In brackets: the paper's, for days on 4 GPUs, if different.]
 
-    Not in the paper's SAC either: standardised observations, layer norm in the critics, pink exploration noise, the
-    averaged actor, the choice of the checkpoint by deterministic episodes rather than by training reward.
+    Also not in the paper's SAC: standardised observations, layer norm in the critics, the averaged actor, the choice
+    of the checkpoint by deterministic episodes rather than by training reward; and pink noise, if asked for.
     """
 
     steps: int = setting(100_000, "environment steps in all [10 million]")
@@ -52,23 +52,24 @@ class Config:
     updates_per_step: float = setting(0.25, "gradient updates for each environment step [1]")
     batch_size: int = setting(256, "transitions in an update [512]")
     buffer_size: int = setting(1_000_000, "transitions that the replay buffer remembers")
+    pink: float = setting(0, "share of the run, from its start, that explores with pink noise instead of white")
     gamma: float = setting(0.95, "discount of the next step's value")
     tau: float = setting(0.005, "share of the critics that moves into their targets at an update")
     actor_tau: float = setting(0.001, "share of the actor that moves into its average, which is what is judged [1]")
-    learning_rate: float = setting(6e-4, "of Adam, at the start; it falls linearly to zero [constant]")
+    learning_rate: float = setting(6e-4, "of Adam, at the start; it falls linearly towards zero [constant]")
     init_temperature: float = setting(0.1, "weight of entropy at the start; it is learned from there [1]")
     hidden: int = setting(256, "width of the two hidden layers of each network")
-    eval_every: int = setting(3_200, "steps between deterministic evaluations, at least; the best by reward is kept")
+    eval_every: int = setting(3_200, "steps between evaluations, or a 32nd of all if more; the best by reward is kept")
     eval_episodes: int = setting(16, "episodes in such an evaluation")
     seed: int = setting(0, "of everything random")
 
     def __post_init__(self):
-        most = dict(gamma=1, tau=1, actor_tau=1, seed=10**8)
+        most = dict(pink=1, gamma=1, tau=1, actor_tau=1, seed=10**8)
         for option in fields(self):
             name, value = option.name, getattr(self, option.name)
-            above = value >= 0 if name == "seed" else value > 0
+            above = value >= 0 if name in ("pink", "seed") else value > 0
             if not (math.isfinite(value) and above and value <= most.get(name, value)):
-                least = "at least 0" if name == "seed" else "above 0"
+                least = "at least 0" if name in ("pink", "seed") else "above 0"
                 limit = f" and at most {most[name]}" if name in most else ""
                 raise ValueError(f"{name} is {value}; it has to be finite, {least}{limit}")
             if option.type is int and value != int(value):
@@ -307,7 +308,7 @@ def rollout(envs: VectorEnv, act: Callable, steps: int, reward_fn: Callable | No
         success = np.array(info.get("success", [np.nan] * envs.num_envs), dtype=float)
         columns.append((obs, action, reward, next_obs, terminated, success))
         if reward_fn is not None:
-            frames.extend(envs.render())  # after the action: R(s, a, s') depends on s' alone (Lemma 1)
+            frames.extend(envs.render())  # after the action: R(s, a, s') depends on s' alone (VLM-RM, Lemma 1)
         obs = envs.reset(options={"reset_mask": done})[0] if done.any() else next_obs
     columns = [np.stack(column) for column in zip(*columns)]
     if reward_fn is not None:
@@ -389,7 +390,7 @@ def train(
     buffer = ReplayBuffer(min(config.buffer_size, config.steps + round_size) // world, obs_size, act_size)
     steps, best_reward, best, next_eval = 0, -math.inf, None, config.learning_starts
     settings = vars(config) | dict(processes=world, round_size=round_size)
-    # Steps count those of all processes, the buffer's rows those of one. It remembers rounds of so many steps:
+    # Steps count those of all processes, the buffer's rows those of one. To fill it again takes the rounds of so many:
     remembered = -(-buffer.size * world // round_size) * round_size
 
     def round_file(start):
@@ -416,7 +417,8 @@ def train(
         rng = np.random.default_rng([config.seed, start, rank])  # of this round alone, so that a run can be resumed
         torch.manual_seed(int(rng.integers(2**63)))
         # act; label the frames of the whole round; move it to D
-        noise = pink_noise(rng, (config.round_steps, *envs.action_space.shape))
+        shape = (config.round_steps, *envs.action_space.shape)
+        noise = pink_noise(rng, shape) if start < config.pink * config.steps else rng.standard_normal(shape)
         noise = iter(torch.as_tensor(noise, dtype=torch.float32, device=agent.device))
         first_seed = 10**10 * (config.seed + 1) + start + rank * envs.num_envs  # of the environments' episodes
         *columns, success = rollout(

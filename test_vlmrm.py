@@ -613,12 +613,14 @@ def test_sac_solves_a_task_that_it_sees_only_through_frames():
     assert learned > best - 0.02 and rows[0]["reward"] < best - 0.3
 
 
-def test_a_round_explores_with_pink_noise(monkeypatch):
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+def test_exploration_noise_is_pink_for_a_share_of_the_run_and_then_white(share, monkeypatch):
     seen = []
     monkeypatch.setattr(sac.SAC, "act", lambda agent, obs, noise: seen.append(noise.numpy()) or np.zeros(noise.shape))
-    rows = learn(320)[1]
-    noise = np.stack(seen[:20])  # of the first round: (steps, environments, actions)
-    assert len(seen) == 20 * len(rows) and noise.shape == (20, 8, 2) and (noise[1:] * noise[:-1]).mean() > 0.3
+    rows = learn(1280, pink=share)[1]
+    noise = np.stack(seen).reshape(len(rows), 20, 8, 2)  # (rounds, steps, environments, actions)
+    correlation, pink = (noise[:, 1:] * noise[:, :-1]).mean((1, 2, 3)), round(len(rows) * share)
+    assert (correlation[:pink] > 0.3).all() and (abs(correlation[pink:]) < 0.3).all()
 
 
 def test_one_seed_gives_one_run():
@@ -1295,6 +1297,7 @@ def test_error_for_a_reward_that_makes_no_sense(error):
         ("--seed 99999999999", "at most"),
         ("--hidden 0", "hidden"),
         ("--learning-rate inf", "learning_rate"),
+        ("--pink 1.1", "pink"),
         ("--envs 0", "--envs"),
         ("--episodes 0", "--episodes"),
         ("--resume absent", "absent"),

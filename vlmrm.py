@@ -985,6 +985,7 @@ def train(args: argparse.Namespace):
     baseline = args.baseline or [BASELINE_PROMPT]
     name = task or "-".join("".join(c if c.isalnum() else " " for c in prompt[0].lower()).split())[:60] or "prompt"
     name += f"-{short(args.model)}" * (args.model != EMBEDDED_CLIP) + f"-alpha{args.alpha:g}" * (args.alpha != 0.5)
+    name += f"-pink{args.pink:g}" * (args.pink > 0)
     out = args.out or Path("runs") / f"{name}-seed{args.seed}"
     if rank == 0 and not args.resume:
         check_free(out, args.overwrite, "config.json", "metrics.csv")

@@ -1,7 +1,7 @@
 """How far would SAC come without CLIP? The same training, on a reward written by hand: benchmarks/ceiling.py one-leg
 
-Where a policy fails on CLIP's reward, this says whether physics and SAC stand in the way, or the reward. Here it is how
-near the body's points (head, shoulders, elbows, hands, hips, knees, feet, pelvis) are to those of one scripted goal
+Where a policy fails on CLIP's reward, this says whether physics and SAC stand in the way, or CLIP. The reward here is
+how near the body's points (head, shoulders, elbows, hands, hips, knees, feet, pelvis) are to those of one scripted goal
 pose, seen from the pelvis: dense, and privileged, for it reads the simulator and knows the pose. Nothing else uses it.
 Success is judged as in vlmrm.py. Prints a row for each task, and adds it to --out.
 """
@@ -26,7 +26,7 @@ class Tracking(vlmrm.Humanoid):
     def __init__(self, task: str):
         super().__init__(vlmrm.Scene(), vlmrm.JUDGED[task][1])
         pose = vlmrm.measure_states(self.model, vlmrm.goal_states(task)[:1])
-        self.goal = self.points(type(pose)(*(value[0] for value in pose)))
+        self.goal = self.points(vlmrm.Pose(*(value[0] for value in pose)))
 
     @staticmethod
     def points(pose: vlmrm.Pose) -> np.ndarray:
@@ -44,6 +44,7 @@ def main():
     parser.add_argument("task", nargs="+", choices=vlmrm.JUDGED)
     parser.add_argument("--steps", type=int, default=200_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pink", type=float, default=0, help="as in sac.py")
     parser.add_argument("--out", type=Path, default=Path("runs/ceiling.csv"))
     args = parser.parse_args()
     for task in args.task:
@@ -51,7 +52,7 @@ def main():
         def make(task=task):
             return gymnasium.wrappers.TimeLimit(Tracking(task), 100)
 
-        start, config = time.time(), sac.Config(steps=args.steps, seed=args.seed)
+        start, config = time.time(), sac.Config(steps=args.steps, seed=args.seed, pink=args.pink)
         envs, eval_envs = (gymnasium.vector.SyncVectorEnv([make] * 16, autoreset_mode="Disabled") for _ in range(2))
         agent = sac.SAC(envs.single_observation_space, envs.single_action_space, config)
         with tqdm(total=args.steps, unit="step", desc=task) as bar:
@@ -60,7 +61,7 @@ def main():
                 bar.update(row["steps"] - bar.n)
         rewards, success = sac.evaluate(eval_envs, agent.best_action, None, 100, 2 * 10**9, 100)
         half, held = vlmrm.success_rates(success)
-        result = dict(task=task, seed=args.seed, steps=row["steps"], success=half, success_held=held)
+        result = dict(task=task, seed=args.seed, pink=args.pink, steps=row["steps"], success=half, success_held=held)
         result |= dict(reward=round(float(rewards.mean()), 4), seconds=round(time.time() - start))
         print(result)
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """The results on the front page, from finished runs: python benchmarks/results.py RUN ...
 
 Adds to assets/ what a reader needs to check them: runs/NAME.csv (the metrics of a run) and a row in runs/results.csv,
-which replaces that of the same task, alpha and seed. Prints the table of all rows. It trains nothing.
+which replaces that of the same task, alpha, pink and seed. Prints the table of all rows. It trains nothing.
 
 --gallery also draws assets/gallery.gif (of each task among the runs the seed with the highest CLIP reward, as in the
 paper; success has no say), --alphas draws assets/alpha.png (kneeling by alpha, from the rows and their metrics).
@@ -23,12 +23,15 @@ from PIL import Image, ImageDraw
 ASSETS = Path(__file__).parent.parent / "assets"
 RUNS = ASSETS / "runs"
 PAPER = dict(zip(vlmrm.TASKS, (1, 1, 1, 1, 1, 0.64, 0, 0)))  # Table 1: ViT-bigG-14, 10 million steps
-COLUMNS = "task alpha seed steps episodes success success_held reward reward_at_the_end reward_of_goal_poses".split()
+COLUMNS = (
+    "task alpha pink seed steps episodes success success_held reward reward_at_the_end reward_of_goal_poses".split()
+)
 COLUMNS += "success_zero success_random success_untrained seconds".split()
 
 
 def name_of(row: dict) -> str:
-    return f"{row['task']}" + f"-alpha{row['alpha']:g}" * (row["alpha"] != 0.5) + f"-seed{row['seed']:g}"
+    settings = f"-alpha{row['alpha']:g}" * (row["alpha"] != 0.5) + f"-pink{row['pink']:g}" * (row["pink"] > 0)
+    return f"{row['task']}{settings}-seed{row['seed']:g}"
 
 
 def read(path: Path) -> list[dict]:
@@ -49,12 +52,13 @@ def print_table(rows: list[dict], ceilings: dict):
     columns = "task | prompt | seeds | success | held | zero action | CLIP reward at the end | of goal poses | ceiling"
     print(f"| {columns} | steps | minutes | the paper's, of another experiment |\n" + "|---" * 12 + "|")
     for task, (prompt, _) in vlmrm.JUDGED.items():
-        for alpha in sorted({row["alpha"] for row in rows if row["task"] == task}):
-            some = [row for row in rows if (row["task"], row["alpha"]) == (task, alpha)]
+        for alpha, pink in sorted({(row["alpha"], row["pink"]) for row in rows if row["task"] == task}):
+            some = [row for row in rows if (row["task"], row["alpha"], row["pink"]) == (task, alpha, pink)]
             rewards = [np.mean([row[key] for row in some]) for key in ("reward_at_the_end", "reward_of_goal_poses")]
             ceiling = [f"{float(ceilings[task][key]):.0%}" for key in ("success", "success_held") if task in ceilings]
             minutes = [f"{row['seconds'] / 60:.0f}" for row in some if "seconds" in row]
-            cells = [task + f", alpha {alpha:g}" * (alpha != 0.5), prompt, len(some)]
+            settings = f", alpha {alpha:g}" * (alpha != 0.5) + f", --pink {pink:g}" * (pink > 0)
+            cells = [task + settings, prompt, len(some)]
             cells += [spread(row[key] for row in some) for key in ("success", "success_held", "success_zero")]
             cells += [
                 *(f"{reward:.3f}" for reward in rewards),
@@ -111,6 +115,8 @@ def main():
     parser.add_argument("--alphas", action="store_true", help="draw kneeling by alpha")
     args = parser.parse_args()
     results = [json.loads((folder / "result.json").read_text()) | dict(folder=folder) for folder in args.runs]
+    for result in results:
+        result["pink"] = json.loads((result["folder"] / "config.json").read_text())["pink"]
     results = [result for result in results if result["task"]]  # others have no success to report
     for result in results:
         for name, rates in result["references"].items():
@@ -121,13 +127,13 @@ def main():
         rows[name_of(row)] = {key: row[key] for key in COLUMNS if row.get(key) not in (None, "")}
     for result in results:
         shutil.copy(result["folder"] / "metrics.csv", RUNS / f"{name_of(result)}.csv")
-    rows = sorted(rows.values(), key=lambda row: (row["task"], row["alpha"], row["seed"]))
+    rows = sorted(rows.values(), key=lambda row: (row["task"], row["alpha"], row["pink"], row["seed"]))
     vlmrm.write_csv(RUNS / "results.csv", COLUMNS, rows)
     print_table(rows, {row["task"]: row for row in read(RUNS / "ceiling.csv")})
     if args.gallery:
         draw_gallery(results, ASSETS / "gallery.gif")
     if args.alphas:
-        draw_alphas([row for row in rows if row["task"] == "kneeling"], ASSETS / "alpha.png")
+        draw_alphas([row for row in rows if row["task"] == "kneeling" and not row["pink"]], ASSETS / "alpha.png")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Makes a CLIP like the embedded one, into runs/clip: python tinyclip/make.py, under an hour on 2 cores, no downloads.
+"""Makes a CLIP like the embedded one, into runs/clip: python tinyclip/make.py, in an hour or two on 2 cores, offline.
 
 What it is, plainly: a stand-in, trained on captioned pictures of this very robot, including rollouts of policies that
 were trained on its own earlier rounds. It lets everything in this repository run on any machine. It is not zero-shot,
@@ -679,7 +679,7 @@ def main():
     )
     parser.add_argument("--out", type=Path, default=Path("runs/clip"), help="where the model goes, after each round")
     parser.add_argument(
-        "--rounds", type=int, default=2, help="times that policies trained on the model add to its data"
+        "--rounds", type=int, default=1, help="times that policies trained on the model add to its data"
     )
     parser.add_argument("--steps", type=int, default=2800, help="training steps of the last model")
     parser.add_argument("--round-steps", type=int, default=500, help="training steps of the models before it")
