@@ -67,9 +67,8 @@ class Config:
         most = dict(pink=1, gamma=1, tau=1, actor_tau=1, seed=10**8)
         for option in fields(self):
             name, value = option.name, getattr(self, option.name)
-            above = value >= 0 if name in ("pink", "seed") else value > 0
-            if not (math.isfinite(value) and above and value <= most.get(name, value)):
-                least = "at least 0" if name in ("pink", "seed") else "above 0"
+            enough, least = (value >= 0, "at least 0") if name in ("pink", "seed") else (value > 0, "above 0")
+            if not (math.isfinite(value) and enough and value <= most.get(name, value)):
                 limit = f" and at most {most[name]}" if name in most else ""
                 raise ValueError(f"{name} is {value}; it has to be finite, {least}{limit}")
             if option.type is int and value != int(value):
@@ -390,7 +389,7 @@ def train(
     buffer = ReplayBuffer(min(config.buffer_size, config.steps + round_size) // world, obs_size, act_size)
     steps, best_reward, best, next_eval = 0, -math.inf, None, config.learning_starts
     settings = vars(config) | dict(processes=world, round_size=round_size)
-    # Steps count those of all processes, the buffer's rows those of one. To fill it again takes the rounds of so many:
+    # Steps count those of all processes, the buffer's rows those of one. Rounds of so many steps fill it again:
     remembered = -(-buffer.size * world // round_size) * round_size
 
     def round_file(start):
