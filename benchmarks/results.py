@@ -1,7 +1,7 @@
 """The results on the front page, from finished runs: python benchmarks/results.py RUN ...
 
 Adds to assets/ what a reader needs to check them: runs/NAME.csv (the metrics of a run) and a row in runs/results.csv,
-which replaces that of the same task, alpha, pink and seed. Prints the table of all rows. It trains nothing.
+which replaces that of the same task, alpha, pink, steps and seed. Prints the table of all rows. It trains nothing.
 
 --gallery also draws assets/gallery.gif (of each task among the runs the seed with the highest CLIP reward, as in the
 paper; success has no say), --alphas draws assets/alpha.png (kneeling by alpha, from the rows and their metrics).
@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw
 ASSETS = Path(__file__).parent.parent / "assets"
 RUNS = ASSETS / "runs"
 PAPER = dict(zip(vlmrm.TASKS, (1, 1, 1, 1, 1, 0.64, 0, 0)))  # Table 1: ViT-bigG-14, 10 million steps
+SETTINGS = ("alpha", "pink", "steps")  # what is averaged over seeds has these in common
 COLUMNS = (
     "task alpha pink seed steps episodes success success_held reward reward_at_the_end reward_of_goal_poses".split()
 )
@@ -31,7 +32,7 @@ COLUMNS += "success_zero success_random success_untrained seconds".split()
 
 def name_of(row: dict) -> str:
     settings = f"-alpha{row['alpha']:g}" * (row["alpha"] != 0.5) + f"-pink{row['pink']:g}" * (row["pink"] > 0)
-    return f"{row['task']}{settings}-seed{row['seed']:g}"
+    return f"{row['task']}{settings}-steps{row['steps']:.0f}-seed{row['seed']:g}"
 
 
 def read(path: Path) -> list[dict]:
@@ -52,18 +53,19 @@ def print_table(rows: list[dict], ceilings: dict):
     columns = "task | prompt | seeds | success | held | zero action | CLIP reward at the end | of goal poses | ceiling"
     print(f"| {columns} | steps | minutes | the paper's, of another experiment |\n" + "|---" * 12 + "|")
     for task, (prompt, _) in vlmrm.JUDGED.items():
-        for alpha, pink in sorted({(row["alpha"], row["pink"]) for row in rows if row["task"] == task}):
-            some = [row for row in rows if (row["task"], row["alpha"], row["pink"]) == (task, alpha, pink)]
+        for settings in sorted({tuple(row[key] for key in SETTINGS) for row in rows if row["task"] == task}):
+            some = [row for row in rows if (row["task"], *(row[key] for key in SETTINGS)) == (task, *settings)]
+            alpha, pink, steps = settings
             rewards = [np.mean([row[key] for row in some]) for key in ("reward_at_the_end", "reward_of_goal_poses")]
             ceiling = [f"{float(ceilings[task][key]):.0%}" for key in ("success", "success_held") if task in ceilings]
             minutes = [f"{row['seconds'] / 60:.0f}" for row in some if "seconds" in row]
-            settings = f", alpha {alpha:g}" * (alpha != 0.5) + f", --pink {pink:g}" * (pink > 0)
-            cells = [task + settings, prompt, len(some)]
+            name = task + f", alpha {alpha:g}" * (alpha != 0.5) + f", --pink {pink:g}" * (pink > 0)
+            cells = [name, prompt, len(some)]
             cells += [spread(row[key] for row in some) for key in ("success", "success_held", "success_zero")]
             cells += [
                 *(f"{reward:.3f}" for reward in rewards),
                 " / ".join(ceiling),
-                f"{max(row['steps'] for row in some):,.0f}",
+                f"{steps:,.0f}",
                 ", ".join(minutes),
             ]
             print("|", " | ".join(map(str, cells)), "|", f"{PAPER[task]:.0%} |" if task in PAPER else "|")
@@ -127,7 +129,7 @@ def main():
         rows[name_of(row)] = {key: row[key] for key in COLUMNS if row.get(key) not in (None, "")}
     for result in results:
         shutil.copy(result["folder"] / "metrics.csv", RUNS / f"{name_of(result)}.csv")
-    rows = sorted(rows.values(), key=lambda row: (row["task"], row["alpha"], row["pink"], row["seed"]))
+    rows = sorted(rows.values(), key=lambda row: (row["task"], *(row[key] for key in SETTINGS), row["seed"]))
     vlmrm.write_csv(RUNS / "results.csv", COLUMNS, rows)
     print_table(rows, {row["task"]: row for row in read(RUNS / "ceiling.csv")})
     if args.gallery:
