@@ -53,9 +53,9 @@ def print_table(rows: list[dict], ceilings: dict):
     columns = "task | prompt | seeds | success | held | zero action | CLIP reward at the end | of goal poses | ceiling"
     print(f"| {columns} | steps | minutes | the paper's, of another experiment |\n" + "|---" * 12 + "|")
     for task, (prompt, _) in vlmrm.JUDGED.items():
-        for settings in sorted({tuple(row[key] for key in SETTINGS) for row in rows if row["task"] == task}):
-            some = [row for row in rows if (row["task"], *(row[key] for key in SETTINGS)) == (task, *settings)]
-            alpha, pink, steps = settings
+        of_task = [row for row in rows if row["task"] == task]
+        for alpha, pink, steps in sorted({tuple(row[key] for key in SETTINGS) for row in of_task}):
+            some = [row for row in of_task if (row["alpha"], row["pink"], row["steps"]) == (alpha, pink, steps)]
             rewards = [np.mean([row[key] for row in some]) for key in ("reward_at_the_end", "reward_of_goal_poses")]
             ceiling = [f"{float(ceilings[task][key]):.0%}" for key in ("success", "success_held") if task in ceilings]
             minutes = [f"{row['seconds'] / 60:.0f}" for row in some if "seconds" in row]
