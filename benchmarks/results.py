@@ -72,12 +72,12 @@ def print_table(rows: list[dict], ceilings: dict):
 
 
 def draw_gallery(runs: list[dict], path: Path):
-    """The first episode of each task's best run, as CLIP sees it, eight side by side."""
+    """The first episode of each task's best run, as CLIP sees it, four in a row: the eight, then the compositions."""
     size, best = 160, {}
     for run in sorted(runs, key=lambda run: run["reward"]):
         best[run["task"]] = run
-    frames = [Image.new("RGB", (4 * size, 2 * size), "white") for _ in range(17)]
-    for i, task in enumerate(task for task in vlmrm.TASKS if task in best):
+    frames = [Image.new("RGB", (4 * size, -(-len(best) // 4) * size), "white") for _ in range(17)]
+    for i, task in enumerate(task for task in vlmrm.JUDGED if task in best):
         with Image.open(best[task]["folder"] / "video.gif") as video:
             for k, frame in enumerate(frames):
                 video.seek(2 * k)
