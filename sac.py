@@ -52,7 +52,7 @@ class Config:
     updates_per_step: float = setting(0.25, "gradient updates for each environment step [1]")
     batch_size: int = setting(256, "transitions in an update [512]")
     buffer_size: int = setting(1_000_000, "transitions that the replay buffer remembers")
-    pink: float = setting(0, "share of the run, from its start, that explores with pink noise instead of white")
+    pink: float = setting(0.0, "share of the run, from its start, that explores with pink noise instead of white")
     gamma: float = setting(0.95, "discount of the next step's value")
     tau: float = setting(0.005, "share of the critics that moves into their targets at an update")
     actor_tau: float = setting(0.001, "share of the actor that moves into its average, which is what is judged [1]")

@@ -998,7 +998,7 @@ def test_a_killed_command_is_resumed_to_the_last_byte(tmp_path):
             stderr=subprocess.PIPE,
         )
 
-    settings = f"--steps 1600 {SMALL} --elevation -15".split()
+    settings = f"--steps 1600 {SMALL} --elevation -15 --pink 0.5".split()
     _, message = (whole := command(*settings, "--out", tmp_path / "whole")).communicate()
     assert whole.returncode == 0, message
     job = command(*settings, "--out", tmp_path / "run")
