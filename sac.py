@@ -64,6 +64,7 @@ class Config:
     seed: int = setting(0, "of everything random")
 
     def __post_init__(self):
+        # a seed's environments: training from 10^10 (seed + 1), evaluations 10^9 + seed, vlmrm.py's from 2 10^9; apart
         most = dict(pink=1, gamma=1, tau=1, actor_tau=1, seed=10**8)
         for option in fields(self):
             name, value = option.name, getattr(self, option.name)
@@ -344,8 +345,14 @@ def whole(path: Path, mode: str = "wb") -> Iterator[io.BytesIO | io.StringIO]:
     os.replace(f"{path}.part", path)
 
 
-def restore(agent: SAC, path: Path, settings: dict) -> dict:
-    """Puts the agent where an interrupted run left it, and returns what else that run's state.pt holds."""
+def round_file(folder: Path, start: int) -> Path:
+    """Where this process keeps the transitions of the round that began after `start` steps."""
+    return folder / f"round{start}-{processes()[0]}.npy"
+
+
+def restore(agent: SAC, buffer: ReplayBuffer, folder: Path, settings: dict, remembered: int) -> dict:
+    """Puts agent and buffer where an interrupted run left them, and returns what else that run's state.pt holds."""
+    path = folder / "state.pt"
     try:
         saved = dict(torch.load(path, map_location=agent.device, weights_only=True))
     except Exception as error:  # whatever unpickling meets
@@ -353,10 +360,18 @@ def restore(agent: SAC, path: Path, settings: dict) -> dict:
     differ = [key for key, value in saved["settings"].items() if value != settings.get(key)]
     if differ:
         others = "; ".join(f"{key} {saved['settings'][key]} there, {settings.get(key)} here" for key in differ)
-        raise ValueError(f"{path.parent} is of other settings: {others}")
+        raise ValueError(f"{folder} is of other settings: {others}")
     agent.load_state_dict(saved["agent"])
     for optimizer, state in zip(agent.optimizers, saved["optimizers"]):
         optimizer.load_state_dict(state)
+    oldest = max(0, saved["steps"] - remembered)
+    buffer.next = oldest // settings["processes"] % buffer.size  # where that round's rows lay
+    for start in range(oldest, saved["steps"], settings["round_size"]):
+        path = round_file(folder, start)
+        try:
+            buffer.add(torch.from_numpy(np.load(path).reshape(-1, sum(buffer.widths))))
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path} is damaged ({error})") from error
     return saved
 
 
@@ -380,7 +395,7 @@ def train(
     config, (rank, world) = agent.config, processes()
     (obs_size,), (act_size,) = envs.single_observation_space.shape, envs.single_action_space.shape
     round_size = config.round_steps * envs.num_envs * world  # steps in all environments of all processes
-    if {env.metadata.get("autoreset_mode") for env in (envs, eval_envs)} & {AutoresetMode.SAME_STEP}:
+    if any(env.metadata.get("autoreset_mode") == AutoresetMode.SAME_STEP for env in (envs, eval_envs)):
         raise ValueError("the environments reset in the step that ends an episode: make them with DISABLED")
     if config.batch_size % world:
         raise ValueError(f"batch_size is {config.batch_size}; it has to be a multiple of the {world} processes")
@@ -391,23 +406,11 @@ def train(
     settings = vars(config) | dict(processes=world, round_size=round_size)
     # Steps count those of all processes, the buffer's rows those of one. Rounds of so many steps fill it again:
     remembered = -(-buffer.size * world // round_size) * round_size
-
-    def round_file(start):
-        return folder / f"round{start}-{rank}.npy"
-
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     if folder is not None and (folder / "state.pt").exists():
-        saved = restore(agent, folder / "state.pt", settings)
+        saved = restore(agent, buffer, folder, settings, remembered)
         steps, best_reward, best, next_eval = (saved[key] for key in ("steps", "best_reward", "best", "next_eval"))
-        oldest = max(0, steps - remembered)
-        buffer.next = oldest // world % buffer.size
-        for start in range(oldest, steps, round_size):
-            try:
-                buffer.add(torch.from_numpy(np.load(round_file(start)).reshape(-1, sum(buffer.widths))))
-            except (ValueError, EOFError) as error:
-                raise ValueError(f"{round_file(start)} is damaged ({error})") from error
-
     if (gather(np.array([steps])) != steps).any():
         raise ValueError(f"{folder} differs between the processes: those on several machines have to share it")
 
@@ -451,7 +454,7 @@ def train(
             if row["eval_reward"] > best_reward:
                 best_reward, best, row["best"] = row["eval_reward"], copy.deepcopy(agent.state_dict()), True
         if folder is not None:
-            with whole(round_file(start)) as file:
+            with whole(round_file(folder, start)) as file:
                 np.save(file, rows)
         yield row  # what the caller writes is on the disk before the state that goes with it
         if folder is not None and world > 1:
@@ -463,5 +466,5 @@ def train(
                 torch.save(state | dict(agent=agent.state_dict(), optimizers=optimizers), file)
         if folder is not None:
             # one more round is kept than the buffer remembers: other processes may still need it for the state before
-            round_file(start - remembered - round_size).unlink(missing_ok=True)
+            round_file(folder, start - remembered - round_size).unlink(missing_ok=True)
     agent.load_state_dict(best)

@@ -1007,12 +1007,13 @@ def test_a_killed_command_is_resumed_to_the_last_byte(tmp_path):
     job.kill()
     job.communicate()
     _, message = (refused := command("--resume", tmp_path / "run", "--alpha", 0.25)).communicate()
-    assert refused.returncode == 1 and "--alpha 0.25, there 0.5" in message and "Traceback" not in message
+    assert refused.returncode == 1 and "leave out --alpha" in message and "Traceback" not in message
     for name, change, complaint in (
-        ("config.json", lambda text: text.replace('"envs": ', '"envs": 1.'), "is damaged (envs is 1."),
+        ("config.json", lambda text: text[:-9], "is damaged"),
+        ("config.json", lambda text: text.replace('"envs"', '"robots"'), "begun by another version"),
         ("metrics.csv", lambda text: text.splitlines()[0] + "\n", "it lacks rounds"),
     ):
-        damaged = tmp_path / f"damaged {name}"
+        shutil.rmtree(damaged := tmp_path / "damaged", ignore_errors=True)
         shutil.copytree(tmp_path / "run", damaged)
         (damaged / name).write_text(change((damaged / name).read_text()))
         _, message = (refused := command("--resume", damaged)).communicate()
@@ -1230,6 +1231,14 @@ def test_weights_come_from_the_hub_once_and_a_cut_download_goes_on(hub, tmp_path
     hub.server_close()  # without a network, from the cache
     hub.shutdown()
     assert load(name, hub, tmp_path)[0] == embedding
+
+
+@pytest.mark.parametrize("tag, activation", [("laion2b_s34b_b79k", nn.GELU), ("openai", open_clip.model.QuickGELU)])
+def test_a_model_gets_the_activation_function_that_its_weights_were_trained_with(tag, activation, monkeypatch):
+    build = open_clip.create_model
+    monkeypatch.setattr(open_clip, "create_model", lambda name, tag, require_pretrained, **rest: build(name, **rest))
+    modules = vlmrm.CLIP(f"ViT-B-32/{tag}").model.modules()
+    assert {type(m) for m in modules if "GELU" in type(m).__name__} == {activation}
 
 
 def test_any_repository_of_the_hub_that_holds_an_open_clip_model_loads(hub, tmp_path, clip):

@@ -10,7 +10,7 @@ the picture psi(s) of the state s. sac.py learns from it. This file holds what c
     3. the scene         psi(s): what CLIP sees of the simulator's state
     4. the tasks         eight prompts, and for each an independent judge that reads the simulator, never CLIP
     5. judging           EPIC, equation (4): is a reward worth training on?
-    6. the command line
+    6. training, and the command line
 
     python vlmrm.py                          # kneeling, on any machine, with the small CLIP in tinyclip/
     python vlmrm.py train --task splits
@@ -25,6 +25,7 @@ ICLR 2024, arXiv:2310.12921. Numbers of equations, tables and sections are that 
 import argparse
 import csv
 import difflib
+import inspect
 import itertools
 import json
 import os
@@ -99,7 +100,7 @@ def goal_baseline_reward(state: Tensor, goal: Tensor, baseline: Tensor, alpha: f
     check_embeddings(state, goal, baseline)
     s, g, b = (F.normalize(x, dim=-1) for x in (state, goal, baseline))
     if alpha == 0:
-        return 1 - 0.5 * (s - g).square().sum(-1)  # = s.g, since both are unit vectors
+        return 1 - 0.5 * (s - g).square().sum(-1)  # = s.g, since both are unit vectors; L may not even exist
     line = g - b  # (D,) the direction of L
     if line.norm() < 1e-6:
         raise ValueError("goal and baseline are the same: no line to project on. Change a prompt, or use alpha 0")
@@ -154,14 +155,17 @@ class CLIP:
                 near = difflib.get_close_matches(model, known, 3, 0.3)
                 raise ValueError(f"open_clip knows no model {model!r}; nearest: {', '.join(near) or 'none'}")
         try:
-            self.model = open_clip.create_model(name, tag, precision=precision, device=device, require_pretrained=True)
+            # the weights know their activation function; open_clip only warns where the architecture has another
+            quick = bool(tag) and open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False)
+            settings = dict(precision=precision, device=device, force_quick_gelu=quick, require_pretrained=True)
+            self.model = open_clip.create_model(name, tag, **settings)
             self.tokenizer = open_clip.get_tokenizer(name)
         except Exception as error:  # a hub has many ways to be out of reach, each with an exception of its own
             message = f"cannot load {model} on {device} ({' '.join(str(error).split())[:160]})"
             advice = "A download that was cut off goes on if you try again. Without network, use local-dir:PATH, or "
             raise ValueError(f"{message}. {advice}leave --model out for the embedded model") from error
         self.model.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # faster convolutions
-        self.device, self.name = device, model
+        self.device = device
         self.dtype = open_clip.get_input_dtype(precision) or torch.float32
         config = self.model.visual.preprocess_cfg
         size = config["size"]
@@ -201,7 +205,7 @@ class CLIP:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
             raise ValueError(f'the prompt is {prompts}: write a sentence, such as "a humanoid robot kneeling"')
-        for prompt in prompts:  # what a longer context adds is only padding, unless this model's own cuts the prompt
+        for prompt in prompts:  # one that fits leaves only padding (all the same) beyond this model's own length
             length = self.tokenizer([prompt]).shape[1]
             tail = self.tokenizer([prompt], context_length=4 * length)[0, length:]
             if (tail != tail[-1]).any():
@@ -386,8 +390,8 @@ def measure(model: mujoco.MjModel, data: mujoco.MjData) -> Pose:
     turn = np.array([[left[1], -left[0], 0], [left[0], left[1], 0], [0, 0, 1]])  # rows: its forward, left, up
     origin = [*data.body("pelvis").xpos[:2], 0]
 
-    def points(kind, *names):  # bodies begin at their joints
-        return (np.array([kind(name).xpos for name in names]) - origin) @ turn.T
+    def points(find, *names):  # bodies begin at their joints
+        return (np.array([find(name).xpos for name in names]) - origin) @ turn.T
 
     return Pose(
         turn @ torso[:, 2],
@@ -430,10 +434,6 @@ X, Y, Z = 0, 1, 2  # standing, the pelvis is 0.87 m high, the head 1.48 m; radii
 SIDES = np.array([1, -1])  # turns leftward metres of a (left, right) pair into outward metres
 
 
-def upright(p: Pose) -> np.ndarray:
-    return p.up[..., Z] > 0.7  # the torso leans less than 45 degrees
-
-
 # A condition is a function from a Pose to a dict of named parts, which all have to hold. What meets all but one is a
 # near miss, which a good reward has to tell from the goal.
 Condition = Callable[[Pose], dict]
@@ -442,6 +442,10 @@ Condition = Callable[[Pose], dict]
 def holds(condition: Condition, p: Pose) -> np.ndarray:
     """Whether every part of the condition holds: bool, with the pose's leading dimensions."""
     return np.logical_and.reduce(list(condition(p).values()))
+
+
+def upright(p: Pose) -> np.ndarray:
+    return p.up[..., Z] > 0.7  # the torso leans less than 45 degrees
 
 
 def kneeling(p: Pose) -> dict:
@@ -559,7 +563,7 @@ class Humanoid(HumanoidEnv):
 
     def do_simulation(self, ctrl: np.ndarray, n_frames: int):
         super().do_simulation(ctrl, n_frames)
-        mujoco.mj_kinematics(self.model, self.data)  # else bodies are where they were a moment before qpos
+        mujoco.mj_kinematics(self.model, self.data)  # else Gymnasium reads bodies where they were a moment before qpos
 
     def step(self, action: np.ndarray) -> tuple:
         observation, reward, terminated, truncated, _ = super().step(action)
@@ -576,15 +580,11 @@ def make_envs(
     scene: Scene, condition: Condition | None = None, count: int = 16, episode_steps: int = 100
 ) -> gymnasium.vector.VectorEnv:
     """`count` humanoids that share one scene. Episodes end by truncation after episode_steps; 100 are 1.5 seconds."""
-
     if count < 1 or episode_steps < 1 or not (condition is None or callable(condition)):
         given = f"count is {count}, episode_steps {episode_steps}, condition {condition!r}"
         raise ValueError(f"{given}; at least 1 environment and step are needed, and a function such as kneeling")
-
-    def make():
-        return gymnasium.wrappers.TimeLimit(Humanoid(scene, condition), episode_steps)
-
-    return gymnasium.vector.SyncVectorEnv([make] * count, autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED)
+    makers = [lambda: gymnasium.wrappers.TimeLimit(Humanoid(scene, condition), episode_steps)] * count
+    return gymnasium.vector.SyncVectorEnv(makers, autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED)
 
 
 def success_rates(success: np.ndarray) -> tuple[float, float]:
@@ -712,7 +712,13 @@ def write_csv(path: Path, columns: Iterable[str], rows: list[dict]):
 
 
 def evaluate(args: argparse.Namespace):
-    """Judges rewards on a fixed set of states; see `python vlmrm.py evaluate --help` for what it reads and leaves."""
+    """Compares CLIP rewards with success conditions on the fixed states in evaluation/, and leaves in runs/evaluate/:
+
+    table.csv    for each model, scene, alpha and task: EPIC distance (0 perfect, .71 unrelated), Pearson
+                 correlation, and AUC against all other states and against near misses alone
+    epic_*.png   EPIC by alpha, by size of the model, and by scene, the models side by side
+    MODEL/paths.png, MODEL/histograms.png, MODEL/frames.png    what the reward of one model looks like
+    """
     start, device = time.time(), args.device or default_device()
     out, tasks = args.out or Path("runs/evaluate"), list(dict.fromkeys(args.task or TASKS))
     alphas = sorted(set(args.alpha))
@@ -724,14 +730,14 @@ def evaluate(args: argparse.Namespace):
     out.mkdir(parents=True, exist_ok=True)  # where that is not allowed, say so now
     with np.load(EVALUATION_STATES) as file:
         states, origin = file["states"].astype(float), file["origin"]  # qpos (N, 24), and where each comes from
-    model = Scene().model
-    pose = measure_states(model, states)
+    body = Scene().model
+    pose = measure_states(body, states)
     parts = {task: np.stack(list(TASKS[task][1](pose).values())) for task in TASKS}  # bool (parts, N) each
     goals = {task: p.all(0) for task, p in parts.items()}  # bool (N,)
     near = {task: p.sum(0) >= len(p) - 1 for task, p in parts.items()}  # the goal, and what misses one part of it
     example = {task: states[goals[task] & (origin == f"scripted {task}")][0] for task in TASKS}
     begin = {task: example["kneeling" if task == "standing" else "standing"] for task in tasks}
-    paths = {task: pose_path(model, begin[task], example[task]) for task in tasks}
+    paths = {task: pose_path(body, begin[task], example[task]) for task in tasks}
     rows = []
     with tqdm(total=len(models) * (len(SCENES) * len(states) + sum(map(len, paths.values()))), unit="frame") as bar:
         for name, model in models.items():
@@ -808,7 +814,8 @@ def plot_histograms(file: Path, name: str, rewards: dict, goals: dict):
         goal = goals[task]
         bins = np.linspace(r.min(), r.max(), 40)
         for kind, which in ("other", ~goal), ("goal", goal):
-            axis.hist(r[which], bins, weights=which[which] / which.sum(), alpha=0.6, label=f"{kind} ({which.sum()})")
+            n = which.sum()
+            axis.hist(r[which], bins, weights=np.full(n, 1 / n), alpha=0.6, label=f"{kind} ({n})")
         axis.set_title(task)
         axis.legend(fontsize="x-small")
     figure.savefig(file, dpi=100)
@@ -880,7 +887,7 @@ def plot_epic(out: Path, rows: list[dict], middle: float):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 6. The command line
+# 6. Training, and the command line
 
 
 def plot_curve(rows: list[dict], prompt: str, goal_reward: float | None, path: Path):
@@ -941,46 +948,45 @@ NOT_SETTINGS = "command", "function", "overwrite", "resume", "typed"
 
 
 def resumed(args: argparse.Namespace) -> argparse.Namespace:
-    """The settings of the interrupted run args.resume. Raises ValueError if there is none, or others were asked for."""
+    """The settings of the interrupted run args.resume. Raises ValueError if there is none, or if others were given."""
     run = args.resume
     if (run / "result.json").exists():
         raise ValueError(f"{run} is complete: there is nothing to resume")
     if not (run / "checkpoint").is_dir() or not (run / "config.json").exists():
         raise ValueError(f"{run} holds no interrupted run: config.json and checkpoint/ should be there")
+    others = [word for word in args.typed if word.startswith("--") and word.split("=")[0] != "--resume"] + args.prompt
+    if others:
+        raise ValueError(f"{run} goes on with the settings it was begun with: leave out {' '.join(others)}")
     try:
         settings = dict(json.loads((run / "config.json").read_text()))
-        for key in settings.keys() & vars(args).keys():
-            if vars(args)[key] is not None and type(settings[key]) is not type(vars(args)[key]):
-                raise ValueError(f"{key} is {settings[key]!r}")
         read_metrics(run / "metrics.csv")
     except (ValueError, TypeError) as error:
         raise ValueError(f"config.json or metrics.csv in {run} is damaged ({error})") from error
     if settings.keys() != vars(args).keys() - set(NOT_SETTINGS):
         raise ValueError(f"{run} was begun by another version of vlmrm.py: it cannot be resumed by this one")
-    typed = {word.split("=")[0].removeprefix("--").replace("-", "_") for word in args.typed if word.startswith("--")}
-    asked = [key for key in settings if key != "out" and (key in typed or key == "prompt" and args.prompt)]
-    differ = {key: f"{vars(args)[key]}, there {settings[key]}" for key in asked if vars(args)[key] != settings[key]}
-    if differ:
-        named = "; ".join(f"{'--' * (key != 'prompt')}{key.replace('_', '-')} {differ[key]}" for key in differ)
-        raise ValueError(f"{run} was begun with other settings: {named}. Leave them out")
     return argparse.Namespace(**settings | dict(out=run, resume=run))
 
 
 def train(args: argparse.Namespace):
-    """Trains one policy; see `python vlmrm.py train --help` for what it reads and leaves."""
+    """Trains SAC on the humanoid, rewarded by CLIP for looking like a sentence, and leaves in runs/NAME/:
+
+    video.gif    the best policy, in three new episodes
+    curve.png    CLIP reward beside success, over training
+    result.json  success by two rules over 100 new episodes, and what zero, random and untrained actions reach
+    policy.pt    the best policy's weights; also metrics.csv and config.json
+    """
     start, args = time.time(), resumed(args) if args.resume else args
     device = args.device or default_device()
     rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # as torchrun sets them
     world, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if world > 1:
         gpus = torch.cuda.device_count()
-        if device == "cuda" and gpus:
+        if device.startswith("cuda") and gpus:
             device = f"cuda:{local % gpus}"
             torch.cuda.set_device(device)
         torch.distributed.init_process_group("nccl" if device != "cpu" and here <= gpus else "gloo")  # a GPU for each
-    task = args.task or (
-        next((t for t in JUDGED if args.prompt == [JUDGED[t][0]]), None) if args.prompt else "kneeling"
-    )
+    known = {(): "kneeling"} | {(prompt,): task for task, (prompt, _) in JUDGED.items()}
+    task = args.task or known.get(tuple(args.prompt))
     prompt, condition = args.prompt or [JUDGED[task][0]], JUDGED[task][1] if task else None
     baseline = args.baseline or [BASELINE_PROMPT]
     name = task or "-".join("".join(c if c.isalnum() else " " for c in prompt[0].lower()).split())[:60] or "prompt"
@@ -1005,7 +1011,7 @@ def train(args: argparse.Namespace):
     envs, eval_envs = (make_envs(scene, condition, args.envs // world, config.round_steps) for _ in range(2))
     agent = sac.SAC(envs.single_observation_space, envs.single_action_space, config, device)
 
-    def judge(act, label_with=None):  # on seeds that neither training nor selection uses
+    def judge(act, label_with=None):  # (rewards, success) on seeds that neither training nor selection uses
         return sac.evaluate(eval_envs, act, label_with, args.episodes, seed=2 * 10**9, episode_steps=config.round_steps)
 
     folder, metrics = out / "checkpoint", out / "metrics.csv"
@@ -1024,13 +1030,13 @@ def train(args: argparse.Namespace):
     references, rng = {}, np.random.default_rng([args.seed, rank])
     shape = envs.action_space.shape
     if condition:
-        for name, act in (
+        for reference, act in (
             ("zero action", lambda obs: np.zeros(shape)),
             ("untrained network", agent.best_action),
             ("random policy", lambda obs: rng.uniform(-1, 1, shape)),
         ):
             half, held = success_rates(judge(act)[1])
-            references[name] = dict(success=half, success_held=held)
+            references[reference] = dict(success=half, success_held=held)
 
     if rank == 0:
         print(f"Training {prompt} against {baseline}, alpha {args.alpha:g}, on {device}, into {out}/")
@@ -1042,7 +1048,7 @@ def train(args: argparse.Namespace):
                 if key in row:
                     row[key], row[key + "_held"] = success_rates(row[key])
             best = row.pop("best", False)
-            rows = [*(old for old in rows if old["steps"] < row["steps"]), row]
+            rows = [*(old for old in rows if old["steps"] < row["steps"]), row]  # a resumed round replaces its row
             if rank == 0 and len(rows) * config.round_steps * args.envs != row["steps"]:
                 raise ValueError(f"{metrics} is damaged: it lacks rounds that the checkpoint holds")
             if rank == 0:
@@ -1060,6 +1066,8 @@ def train(args: argparse.Namespace):
         torch.distributed.destroy_process_group()
     if rank > 0:
         return
+    with sac.whole(out / "policy.pt") as file:  # again, for a GPU may resume a round to other last bits
+        torch.save(agent.state_dict(), file)
     goal_reward = float(reward_fn(render_states(scene, goal_states(task))).mean()) if condition else None
     plot_curve(rows, prompt[0], goal_reward, out / "curve.png")
     record_video(agent.best_action, camera, args.look, out / "video.gif", config.round_steps)
@@ -1077,33 +1085,16 @@ def train(args: argparse.Namespace):
     print(f"{judged}. Watch {out}/video.gif and see {out}/curve.png")
 
 
-TRAIN = """\
-Trains SAC on the humanoid, rewarded by CLIP for looking like a sentence, and leaves in runs/NAME/:
-  video.gif    the best policy, in three new episodes
-  curve.png    CLIP reward beside success, over training
-  result.json  success by two rules over 100 new episodes, and what zero, random and untrained actions reach
-  policy.pt    the best policy's weights; also metrics.csv and config.json"""
-EVALUATE = """\
-Compares CLIP rewards with the tasks' success conditions on the fixed states in evaluation/, and leaves in
-runs/evaluate/:
-  table.csv         for each model, scene, alpha and task: EPIC distance (0 perfect, .71 unrelated), Pearson
-                    correlation, and AUC against all other states and against near misses alone
-  epic_*.png        EPIC by alpha, by size of the model, and by scene, the models side by side
-  MODEL/paths.png, MODEL/histograms.png, MODEL/frames.png    what the reward of one model looks like"""
-
-
 def parser() -> argparse.ArgumentParser:
-    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        def _get_help_string(self, action):  # a default only where it tells something
-            return super()._get_help_string(action) if type(action.default) in (int, float) else action.help
-
-    def add_command(name, function, meaning, description, **settings):
-        settings |= dict(formatter_class=Formatter, allow_abbrev=False, help=meaning, description=description)
-        command = commands.add_parser(name, **settings)
+    def add_command(name, function, meaning, **settings):
+        settings |= dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, help=meaning)
+        command = commands.add_parser(name, description=inspect.getdoc(function), **settings)
         command.set_defaults(function=function)
         return command
 
     def add(group, name, meaning, **settings):
+        if type(settings.get("default")) in (int, float):  # others say in words what happens without them
+            meaning += " (default: %(default)s)"
         group.add_argument(name, help=meaning, **settings)
 
     def add_clip(group, **several):  # what both commands ask of a CLIP
@@ -1124,7 +1115,7 @@ def parser() -> argparse.ArgumentParser:
     commands = main.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     usage = "vlmrm.py train [PROMPT ...] [OPTIONS]"
-    command = add_command("train", train, "train a policy on a sentence", TRAIN, usage=usage)
+    command = add_command("train", train, "train a policy on a sentence", usage=usage)
     group = command.add_argument_group("the task")
     add(group, "prompt", "the goal in a sentence, or in several to be averaged", nargs="*")
     meaning = "one of the paper's eight, or a combination that tinyclip was never shown: its prompt (unless you give "
@@ -1144,13 +1135,13 @@ def parser() -> argparse.ArgumentParser:
         add(group, flag, field.metadata["help"], type=field.type, default=field.default)
     group = command.add_argument_group("the output")
     add(group, "--episodes", "episodes of the final judgement", type=int, default=100)
-    meaning = "folder of the run; left out: runs/TASK-seedN, with the model and alpha in its name where not the usual"
+    meaning = "folder of the run; left out: runs/TASK-seedN; its name tells what model, alpha, pink are not the usual"
     add(group, "--out", meaning, type=Path)
     add(group, "--overwrite", "replace a run that is already there", action="store_true")
     meaning = "go on with the interrupted run in this folder, with the settings it was begun with"
     add(group, "--resume", meaning, type=Path, metavar="RUN")
 
-    command = add_command("evaluate", evaluate, "judge rewards before training on them", EVALUATE)
+    command = add_command("evaluate", evaluate, "judge rewards before training on them")
     add(command, "--task", f"of {', '.join(TASKS)}. Left out: all eight", nargs="+", choices=TASKS, metavar="TASK")
     alphas, meaning = [0, 0.25, 0.5, 0.75, 1], "the middle one is drawn where a figure needs one. Left out: "
     add(command, "--alpha", meaning + " ".join(map(str, alphas)), nargs="+", type=float, default=alphas)
@@ -1162,7 +1153,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None):
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0].startswith("-") and not {"-h", "--help", "train", "evaluate"} & set(argv):
+    if not argv or (argv[0].startswith("-") and not {"-h", "--help", "train", "evaluate"} & set(argv)):
         argv.insert(0, "train")
     args = parser().parse_args(argv)
     args.typed = argv
