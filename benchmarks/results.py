@@ -5,6 +5,7 @@ which replaces that of the same task, alpha, pink, steps and seed. Prints the ta
 
 --gallery also draws assets/gallery.gif (of each task among the runs the seed with the highest CLIP reward, as in the
 paper; success has no say), --alphas draws assets/alpha.png (kneeling by alpha, from the rows and their metrics).
+--parts lets the policies of the runs act once more, and prints how often each holds the legs and arms of which task.
 """
 
 import argparse
@@ -17,7 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import vlmrm
+import sac
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -28,6 +31,7 @@ COLUMNS = (
     "task alpha pink seed steps episodes success success_held reward reward_at_the_end reward_of_goal_poses".split()
 )
 COLUMNS += "success_zero success_random success_untrained seconds".split()
+PARTS = vlmrm.kneeling, vlmrm.lotus, vlmrm.standing, vlmrm.splits, vlmrm.raised, vlmrm.on_hips, vlmrm.crossed
 
 
 def name_of(row: dict) -> str:
@@ -72,7 +76,7 @@ def print_table(rows: list[dict], ceilings: dict):
 
 
 def draw_gallery(runs: list[dict], path: Path):
-    """The first episode of each task's best run, as CLIP sees it, four in a row: the eight, then the compositions."""
+    """The first episode of each task's best run, from CLIP's camera: the eight, then the compositions."""
     size, best = 160, {}
     for run in sorted(runs, key=lambda run: run["reward"]):
         best[run["task"]] = run
@@ -110,11 +114,31 @@ def draw_alphas(rows: list[dict], path: Path):
     figure.savefig(path, dpi=100)
 
 
+def print_parts(run: Path):
+    """In what share of the steps of 16 episodes the policy does what, in five spans of 20 steps."""
+    config, envs = json.loads((run / "config.json").read_text()), vlmrm.make_envs(vlmrm.Scene())
+    spaces, states = (envs.single_observation_space, envs.single_action_space), []
+    agent = sac.SAC(*spaces, sac.Config(hidden=config["hidden"]))
+    agent.load_state_dict(torch.load(run / "policy.pt", weights_only=True))
+
+    def act(obs):
+        states.append([env.unwrapped.data.qpos.copy() for env in envs.envs])
+        return agent.best_action(obs)
+
+    sac.rollout(envs, act, 100, None, seed=2 * 10**9)  # the first episodes of the judgement
+    pose = vlmrm.measure_states(vlmrm.Scene().model, np.concatenate(states))  # of 100 x 16 states
+    for condition in PARTS:
+        shares = vlmrm.holds(condition, pose).reshape(5, 20 * 16).mean(1)
+        if shares.any():
+            print(f"{run.name:32} {condition.__name__:9}", *(f"{share:5.0%}" for share in shares))
+
+
 def main():
     parser = argparse.ArgumentParser(description="Tables and pictures of finished runs, into assets/.")
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN")
     parser.add_argument("--gallery", action="store_true", help="draw the runs' videos side by side")
     parser.add_argument("--alphas", action="store_true", help="draw kneeling by alpha")
+    parser.add_argument("--parts", action="store_true", help="how often each policy holds which legs and arms")
     args = parser.parse_args()
     results = [json.loads((folder / "result.json").read_text()) | dict(folder=folder) for folder in args.runs]
     for result in results:
@@ -126,7 +150,8 @@ def main():
     RUNS.mkdir(parents=True, exist_ok=True)
     rows = {}
     for row in [*read(RUNS / "results.csv"), *results]:
-        rows[name_of(row)] = {key: row[key] for key in COLUMNS if row.get(key) not in (None, "")}
+        known = {key: row[key] for key in COLUMNS if row.get(key) not in (None, "")}
+        rows[name_of(row)] = rows.get(name_of(row), {}) | known  # a resumed run does not know its seconds
     for result in results:
         shutil.copy(result["folder"] / "metrics.csv", RUNS / f"{name_of(result)}.csv")
     rows = sorted(rows.values(), key=lambda row: (row["task"], *(row[key] for key in SETTINGS), row["seed"]))
@@ -136,6 +161,9 @@ def main():
         draw_gallery(results, ASSETS / "gallery.gif")
     if args.alphas:
         draw_alphas([row for row in rows if row["task"] == "kneeling" and not row["pink"]], ASSETS / "alpha.png")
+
+    for run in args.runs if args.parts else ():
+        print_parts(run)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ None of them is among the states that the embedded CLIP was trained on: other se
 the tasks' success conditions when they are used. For each of the eight tasks:
 
     scripted NAME      150 that meet its condition, from the joint angles below, jittered, with random arms
-    half-trained NAME  60 from the middle of a SAC run of 40,000 steps on the embedded CLIP's reward for the task
+    half-trained NAME  60 from the middle of a SAC run of 40,000 steps on an earlier embedded CLIP's reward for the task
     trained NAME       120 from the last tenth of that run
 
 and 300 that are blends of two such scripts or have a leg of each, 200 of uniformly random joints, let go of and settled
