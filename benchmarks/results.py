@@ -115,8 +115,11 @@ def draw_alphas(rows: list[dict], path: Path):
 
 
 def print_parts(run: Path):
-    """In what share of the steps of 16 episodes the policy does what, in five spans of 20 steps."""
-    config, envs = json.loads((run / "config.json").read_text()), vlmrm.make_envs(vlmrm.Scene())
+    """The CLIP reward of 16 episodes, and in what share of their steps the policy does what, by spans of 20 steps."""
+    config = json.loads((run / "config.json").read_text())
+    clip = vlmrm.CLIP(config["model"])
+    reward_fn = vlmrm.VLMReward(clip, config["prompt"], config["baseline"], config["alpha"])
+    envs = vlmrm.make_envs(vlmrm.Scene(clip.size))
     spaces, states = (envs.single_observation_space, envs.single_action_space), []
     agent = sac.SAC(*spaces, sac.Config(hidden=config["hidden"]))
     agent.load_state_dict(torch.load(run / "policy.pt", weights_only=True))
@@ -125,12 +128,13 @@ def print_parts(run: Path):
         states.append([env.unwrapped.data.qpos.copy() for env in envs.envs])
         return agent.best_action(obs)
 
-    sac.rollout(envs, act, 100, None, seed=2 * 10**9)  # the first episodes of the judgement
+    reward = sac.rollout(envs, act, 100, reward_fn, seed=2 * 10**9)[2]  # the first episodes of the judgement
+    print(f"{run.name:32} reward   ", *(f"{span.mean():5.2f}" for span in np.split(reward, 5)))
     pose = vlmrm.measure_states(vlmrm.Scene().model, np.concatenate(states))  # of 100 x 16 states
     for condition in PARTS:
-        shares = vlmrm.holds(condition, pose).reshape(5, 20 * 16).mean(1)
-        if shares.any():
-            print(f"{run.name:32} {condition.__name__:9}", *(f"{share:5.0%}" for share in shares))
+        spans = np.split(vlmrm.holds(condition, pose), 5)
+        if np.any(spans):
+            print(f"{run.name:32} {condition.__name__:9}", *(f"{span.mean():5.0%}" for span in spans))
 
 
 def main():
