@@ -1459,6 +1459,19 @@ def test_a_run_is_not_replaced_unasked_nor_by_a_command_that_is_wrong(error, tmp
     assert (tmp_path / "policy.pt").read_text() == "hours of work"
 
 
+def test_the_folder_of_a_run_tells_what_is_unusual_about_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for options, name in (
+        ("--seed 3", "kneeling-seed3"),
+        ("--task lotus --alpha 0.3 --pink 0.75 --azimuth 210", "lotus-alpha0.3-pink0.75-azimuth210-seed0"),
+        ("--model local-dir:a/b --alpha 0", "kneeling-b-alpha0-seed0"),
+    ):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "a file").write_text("")
+        with pytest.raises(SystemExit, match=f"runs/{name} already holds"):
+            vlmrm.main(["train", *options.split()])
+
+
 @pytest.mark.parametrize("settings", [dict(), dict(MUJOCO_GL="absent")])  # where importing MuJoCo fails
 def test_user_sees_one_line_and_no_traceback(settings, tmp_path):
     command = [sys.executable, ROOT / "vlmrm.py", "train", "--alpha", "2", "--out", tmp_path / "run"]

@@ -990,8 +990,9 @@ def train(args: argparse.Namespace):
     prompt, condition = args.prompt or [JUDGED[task][0]], JUDGED[task][1] if task else None
     baseline = args.baseline or [BASELINE_PROMPT]
     name = task or "-".join("".join(c if c.isalnum() else " " for c in prompt[0].lower()).split())[:60] or "prompt"
-    name += f"-{short(args.model)}" * (args.model != EMBEDDED_CLIP) + f"-alpha{args.alpha:g}" * (args.alpha != 0.5)
-    name += f"-pink{args.pink:g}" * (args.pink > 0)
+    name += f"-{short(args.model)}" * (args.model != EMBEDDED_CLIP)
+    for setting, usual in dict(alpha=0.5, pink=0, azimuth=CAMERA["azimuth"]).items():
+        name += f"-{setting}{getattr(args, setting):g}" * (getattr(args, setting) != usual)
     out = args.out or Path("runs") / f"{name}-seed{args.seed}"
     if rank == 0 and not args.resume:
         check_free(out, args.overwrite, "config.json", "metrics.csv")
@@ -1135,7 +1136,7 @@ def parser() -> argparse.ArgumentParser:
         add(group, flag, field.metadata["help"], type=field.type, default=field.default)
     group = command.add_argument_group("the output")
     add(group, "--episodes", "episodes of the final judgement", type=int, default=100)
-    meaning = "folder of the run; left out: runs/TASK-seedN; its name tells what model, alpha, pink are not the usual"
+    meaning = "folder of the run; left out: runs/TASK-seedN, and in its name any unusual model, alpha, pink, azimuth"
     add(group, "--out", meaning, type=Path)
     add(group, "--overwrite", "replace a run that is already there", action="store_true")
     meaning = "go on with the interrupted run in this folder, with the settings it was begun with"

@@ -1,7 +1,7 @@
 """The results on the front page, from finished runs: python benchmarks/results.py RUN ...
 
 Adds to assets/ what a reader needs to check them: runs/NAME.csv (the metrics of a run) and a row in runs/results.csv,
-which replaces that of the same task, alpha, pink, steps and seed. Prints the table of all rows. It trains nothing.
+which replaces that of the same task, settings and seed. Prints the table of all rows. It trains nothing.
 
 --gallery also draws assets/gallery.gif (of each task among the runs the seed with the highest CLIP reward, as in the
 paper; success has no say), --alphas draws assets/alpha.png (kneeling by alpha, from the rows and their metrics).
@@ -26,16 +26,15 @@ from PIL import Image, ImageDraw
 ASSETS = Path(__file__).parent.parent / "assets"
 RUNS = ASSETS / "runs"
 PAPER = dict(zip(vlmrm.TASKS, (1, 1, 1, 1, 1, 0.64, 0, 0)))  # Table 1: ViT-bigG-14, 10 million steps
-SETTINGS = ("alpha", "pink", "steps")  # what is averaged over seeds has these in common
-COLUMNS = (
-    "task alpha pink seed steps episodes success success_held reward reward_at_the_end reward_of_goal_poses".split()
-)
-COLUMNS += "success_zero success_random success_untrained seconds".split()
+SETTINGS = ("alpha", "pink", "azimuth", "steps")  # what is averaged over seeds has these in common
+COLUMNS = "task alpha pink azimuth seed steps episodes success success_held reward".split()
+COLUMNS += "reward_at_the_end reward_of_goal_poses success_zero success_random success_untrained seconds".split()
 PARTS = vlmrm.kneeling, vlmrm.lotus, vlmrm.standing, vlmrm.splits, vlmrm.raised, vlmrm.on_hips, vlmrm.crossed
 
 
 def name_of(row: dict) -> str:
     settings = f"-alpha{row['alpha']:g}" * (row["alpha"] != 0.5) + f"-pink{row['pink']:g}" * (row["pink"] > 0)
+    settings += f"-azimuth{row['azimuth']:g}" * (row["azimuth"] != 180)
     return f"{row['task']}{settings}-steps{row['steps']:.0f}-seed{row['seed']:g}"
 
 
@@ -58,12 +57,14 @@ def print_table(rows: list[dict], ceilings: dict):
     print(f"| {columns} | steps | minutes | the paper's, of another experiment |\n" + "|---" * 12 + "|")
     for task, (prompt, _) in vlmrm.JUDGED.items():
         of_task = [row for row in rows if row["task"] == task]
-        for alpha, pink, steps in sorted({tuple(row[key] for key in SETTINGS) for row in of_task}):
-            some = [row for row in of_task if (row["alpha"], row["pink"], row["steps"]) == (alpha, pink, steps)]
+        for settings in sorted({tuple(row[key] for key in SETTINGS) for row in of_task}):
+            alpha, pink, azimuth, steps = settings
+            some = [row for row in of_task if tuple(row[key] for key in SETTINGS) == settings]
             rewards = [np.mean([row[key] for row in some]) for key in ("reward_at_the_end", "reward_of_goal_poses")]
             ceiling = [f"{float(ceilings[task][key]):.0%}" for key in ("success", "success_held") if task in ceilings]
             minutes = [f"{row['seconds'] / 60:.0f}" for row in some if "seconds" in row]
             name = task + f", alpha {alpha:g}" * (alpha != 0.5) + f", --pink {pink:g}" * (pink > 0)
+            name += f", --azimuth {azimuth:g}" * (azimuth != 180)
             cells = [name, prompt, len(some)]
             cells += [spread(row[key] for row in some) for key in ("success", "success_held", "success_zero")]
             cells += [
@@ -119,7 +120,8 @@ def print_parts(run: Path):
     config = json.loads((run / "config.json").read_text())
     clip = vlmrm.CLIP(config["model"])
     reward_fn = vlmrm.VLMReward(clip, config["prompt"], config["baseline"], config["alpha"])
-    envs = vlmrm.make_envs(vlmrm.Scene(clip.size))
+    camera = {key: config.get(key, usual) for key, usual in vlmrm.CAMERA.items()}
+    envs = vlmrm.make_envs(vlmrm.Scene(clip.size, config["look"], camera))
     spaces, states = (envs.single_observation_space, envs.single_action_space), []
     agent = sac.SAC(*spaces, sac.Config(hidden=config["hidden"]))
     agent.load_state_dict(torch.load(run / "policy.pt", weights_only=True))
@@ -146,7 +148,8 @@ def main():
     args = parser.parse_args()
     results = [json.loads((folder / "result.json").read_text()) | dict(folder=folder) for folder in args.runs]
     for result in results:
-        result["pink"] = json.loads((result["folder"] / "config.json").read_text())["pink"]
+        config = json.loads((result["folder"] / "config.json").read_text())
+        result |= dict(pink=config["pink"], azimuth=config["azimuth"])
     results = [result for result in results if result["task"]]  # others have no success to report
     for result in results:
         for name, rates in result["references"].items():
@@ -164,7 +167,8 @@ def main():
     if args.gallery:
         draw_gallery(results, ASSETS / "gallery.gif")
     if args.alphas:
-        draw_alphas([row for row in rows if row["task"] == "kneeling" and not row["pink"]], ASSETS / "alpha.png")
+        plain = [row for row in rows if row["task"] == "kneeling" and not row["pink"] and row["azimuth"] == 180]
+        draw_alphas(plain, ASSETS / "alpha.png")
 
     for run in args.runs if args.parts else ():
         print_parts(run)
