@@ -47,9 +47,9 @@ class Config:
     """
 
     steps: int = setting(100_000, "environment steps in all [10 million]")
-    learning_starts: int = setting(4_800, "steps before the first update, by the untrained policy [50,000]")
+    learning_starts: int = setting(4_800, "steps before the first update, by the untrained policy [50,000, at random]")
     round_steps: int = setting(100, "steps of an episode, and of each environment between two labellings")
-    updates_per_step: float = setting(0.25, "gradient updates for each environment step [1]")
+    updates_per_step: float = setting(0.25, "gradient updates for each environment step [1/32: 100 for 3,200 steps]")
     batch_size: int = setting(256, "transitions in an update [512]")
     buffer_size: int = setting(1_000_000, "transitions that the replay buffer remembers")
     pink: float = setting(0.0, "share of the run, from its start, that explores with pink noise instead of white")

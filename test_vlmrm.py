@@ -987,6 +987,13 @@ def run(tmp_path_factory):
     return out
 
 
+def test_readmes_lines_play_a_policy_again(run, tmp_path):
+    lines = readme_code("import sac, torch, vlmrm\n").replace("sac.Config()", "sac.Config(hidden=128)")  # of this run
+    exec(lines.replace("runs/kneeling-seed0", str(run)).replace("again.gif", str(tmp_path / "again.gif")), {})
+    with Image.open(tmp_path / "again.gif") as video:
+        assert video.size == (480, 240) and video.n_frames > 50
+
+
 def test_a_killed_command_is_resumed_to_the_last_byte(tmp_path):
     def command(*arguments):
         return subprocess.Popen(

@@ -904,7 +904,7 @@ def plot_curve(rows: list[dict], prompt: str, goal_reward: float | None, path: P
     ):
         axis.plot([row["steps"] for row in some], [row[key] for row in some], style, ms=3, label=label)
     if goal_reward is not None:
-        left.axhline(goal_reward, color="C0", ls=":", label="CLIP reward of true goal poses")
+        left.axhline(goal_reward, color="C0", ls=":", label="CLIP reward of a goal pose at every step")
     figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     with sac.whole(path) as file:
         figure.savefig(file, dpi=120)

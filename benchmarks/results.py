@@ -26,14 +26,15 @@ from PIL import Image, ImageDraw
 ASSETS = Path(__file__).parent.parent / "assets"
 RUNS = ASSETS / "runs"
 PAPER = dict(zip(vlmrm.TASKS, (1, 1, 1, 1, 1, 0.64, 0, 0)))  # Table 1: ViT-bigG-14, 10 million steps
-SETTINGS = ("alpha", "pink", "azimuth", "steps")  # what is averaged over seeds has these in common
-COLUMNS = "task alpha pink azimuth seed steps episodes success success_held reward".split()
+SETTINGS = ("model", "alpha", "pink", "azimuth", "steps")  # what is averaged over seeds has these in common
+COLUMNS = "task model alpha pink azimuth seed steps episodes success success_held reward".split()
 COLUMNS += "reward_at_the_end reward_of_goal_poses success_zero success_random success_untrained seconds".split()
 PARTS = vlmrm.kneeling, vlmrm.lotus, vlmrm.standing, vlmrm.splits, vlmrm.raised, vlmrm.on_hips, vlmrm.crossed
 
 
 def name_of(row: dict) -> str:
-    settings = f"-alpha{row['alpha']:g}" * (row["alpha"] != 0.5) + f"-pink{row['pink']:g}" * (row["pink"] > 0)
+    settings = f"-{vlmrm.short(row['model'])}" * (row["model"] != vlmrm.EMBEDDED_CLIP)
+    settings += f"-alpha{row['alpha']:g}" * (row["alpha"] != 0.5) + f"-pink{row['pink']:g}" * (row["pink"] > 0)
     settings += f"-azimuth{row['azimuth']:g}" * (row["azimuth"] != 180)
     return f"{row['task']}{settings}-steps{row['steps']:.0f}-seed{row['seed']:g}"
 
@@ -43,7 +44,8 @@ def read(path: Path) -> list[dict]:
     if not path.exists():
         return []
     with open(path, newline="") as file:
-        return [{k: v if k == "task" else float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+        words = "task", "model"
+        return [{k: v if k in words else float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
 
 
 def spread(values: Iterable) -> str:
@@ -58,12 +60,13 @@ def print_table(rows: list[dict], ceilings: dict):
     for task, (prompt, _) in vlmrm.JUDGED.items():
         of_task = [row for row in rows if row["task"] == task]
         for settings in sorted({tuple(row[key] for key in SETTINGS) for row in of_task}):
-            alpha, pink, azimuth, steps = settings
+            model, alpha, pink, azimuth, steps = settings
             some = [row for row in of_task if tuple(row[key] for key in SETTINGS) == settings]
             rewards = [np.mean([row[key] for row in some]) for key in ("reward_at_the_end", "reward_of_goal_poses")]
             ceiling = [f"{float(ceilings[task][key]):.0%}" for key in ("success", "success_held") if task in ceilings]
             minutes = [f"{row['seconds'] / 60:.0f}" for row in some if "seconds" in row]
-            name = task + f", alpha {alpha:g}" * (alpha != 0.5) + f", --pink {pink:g}" * (pink > 0)
+            name = task + f", {model}" * (model != vlmrm.EMBEDDED_CLIP)
+            name += f", alpha {alpha:g}" * (alpha != 0.5) + f", --pink {pink:g}" * (pink > 0)
             name += f", --azimuth {azimuth:g}" * (azimuth != 180)
             cells = [name, prompt, len(some)]
             cells += [spread(row[key] for row in some) for key in ("success", "success_held", "success_zero")]
@@ -124,7 +127,7 @@ def print_parts(run: Path):
     envs = vlmrm.make_envs(vlmrm.Scene(clip.size, config["look"], camera))
     spaces, states = (envs.single_observation_space, envs.single_action_space), []
     agent = sac.SAC(*spaces, sac.Config(hidden=config["hidden"]))
-    agent.load_state_dict(torch.load(run / "policy.pt", weights_only=True))
+    agent.load_state_dict(torch.load(run / "policy.pt", "cpu", weights_only=True))
 
     def act(obs):
         states.append([env.unwrapped.data.qpos.copy() for env in envs.envs])
@@ -167,7 +170,8 @@ def main():
     if args.gallery:
         draw_gallery(results, ASSETS / "gallery.gif")
     if args.alphas:
-        plain = [row for row in rows if row["task"] == "kneeling" and not row["pink"] and row["azimuth"] == 180]
+        usual = dict(task="kneeling", model=vlmrm.EMBEDDED_CLIP, pink=0, azimuth=180, steps=100_800)
+        plain = [row for row in rows if usual.items() <= row.items()]
         draw_alphas(plain, ASSETS / "alpha.png")
 
     for run in args.runs if args.parts else ():

@@ -549,7 +549,7 @@ def played_states(run, keep=100):
     envs = vlmrm.make_envs(vlmrm.Scene(), count=16)
     hidden = json.loads((run / "config.json").read_text())["hidden"]
     agent = sac.SAC(envs.single_observation_space, envs.single_action_space, sac.Config(hidden=hidden))
-    agent.load_state_dict(torch.load(run / "policy.pt", weights_only=True))
+    agent.load_state_dict(torch.load(run / "policy.pt", "cpu", weights_only=True))
     rng, states = np.random.default_rng(0), []
 
     def act(obs):
