@@ -23,6 +23,7 @@ import threading
 import time
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is expected is computed on the CPU, to the CPU's last digits
 import vlmrm  # first: it chooses MuJoCo's renderer, and imports torch and open_clip before there is one
 import sac
 import gymnasium
@@ -103,13 +104,19 @@ def test_reward_refuses_alpha_outside_0_to_1_and_a_line_through_one_point():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# CLIP: models of three kinds with random weights, saved as folders: all of a downloaded model but its knowledge
+# CLIP: models of four kinds with random weights, saved as folders: all of a downloaded model but its knowledge
 
 
 def architecture(kind):
     if kind == "ViT-B-32":
         preprocess = dict(mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD, resize_mode="shortest")
         return open_clip.get_model_config(kind), preprocess
+    if kind == "CoCa":  # made small
+        config = open_clip.get_model_config("coca_ViT-B-32") | dict(embed_dim=64)
+        for part in "vision_cfg", "text_cfg", "multimodal_cfg":
+            config[part].update(width=64, layers=2)
+        config["text_cfg"]["heads"] = config["multimodal_cfg"]["heads"] = 2
+        return config, architecture("ViT-B-32")[1]
     preprocess = dict(mean=[0.5] * 3, std=[0.5] * 3, resize_mode="squash" if kind == "SigLIP" else "longest")
     if kind == "padding":
         return json.loads((ROOT / "tinyclip/open_clip_config.json").read_text())["model_cfg"], preprocess
@@ -126,13 +133,15 @@ def save_random(kind, folder):
     settings = dict(model_cfg=config, preprocess_cfg=preprocess | dict(interpolation="bicubic"))
     (folder / "open_clip_config.json").write_text(json.dumps(settings))
     torch.manual_seed(0)
-    model = (open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP)(**config)
+    config.pop("custom_text", None)
+    kinds = dict(CoCa=open_clip.CoCa, SigLIP=open_clip.CustomTextCLIP)
+    model = kinds.get(kind, open_clip.CLIP)(**config)
     weights = {key: value.half().contiguous() for key, value in model.state_dict().items()}
     save_file(weights, folder / "open_clip_model.safetensors")
     return f"local-dir:{folder}"
 
 
-@pytest.fixture(scope="module", params=["ViT-B-32", "SigLIP", "padding"])
+@pytest.fixture(scope="module", params=["ViT-B-32", "SigLIP", "CoCa", "padding"])
 def saved(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     yield save_random(request.param, folder)

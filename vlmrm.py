@@ -14,7 +14,7 @@ the picture psi(s) of the state s. sac.py learns from it. This file holds what c
 
     python vlmrm.py                          # kneeling, on any machine, with the small CLIP in tinyclip/
     python vlmrm.py train --task splits
-    python vlmrm.py train "a humanoid robot kneeling" --model ViT-bigG-14/laion2b_s39b_b160k --alpha 0   # on a GPU
+    python vlmrm.py train --model ViT-bigG-14/laion2b_s39b_b160k --alpha 0 --precision bf16    # the paper's, on a GPU
     python vlmrm.py evaluate                 # is a reward worth training on?
     python vlmrm.py train --help
 
@@ -157,6 +157,10 @@ class CLIP:
         try:
             # the weights know their activation function; open_clip only warns where the architecture has another
             quick = bool(tag) and open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False)
+            # open_clip's half precision leaves out layers of a CoCa and of a text tower from Hugging Face: take "pure"
+            config = open_clip.get_model_config(name) or {}
+            left_out = "multimodal_cfg" in config or "hf_model_name" in config.get("text_cfg", {})
+            precision = "pure_" * (left_out and precision != "fp32") + precision
             settings = dict(precision=precision, device=device, force_quick_gelu=quick, require_pretrained=True)
             self.model = open_clip.create_model(name, tag, **settings)
             self.tokenizer = open_clip.get_tokenizer(name)
@@ -741,6 +745,7 @@ def evaluate(args: argparse.Namespace):
     rows = []
     with tqdm(total=len(models) * (len(SCENES) * len(states) + sum(map(len, paths.values()))), unit="frame") as bar:
         for name, model in models.items():
+            clip = None  # before the next is loaded: a GPU need not hold two
             clip = CLIP(model, device, args.precision)
             size = sum(p.numel() for p in clip.model.visual.parameters())
             baseline = clip.embed_text(args.baseline or [BASELINE_PROMPT])

@@ -41,7 +41,7 @@ def compare(name, ours, other, unit, pairs, device="cpu"):
             start = time.perf_counter()
             function()
             if device != "cpu":
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(device)
             if i:  # the first pair warms up
                 kept.append(amount / (time.perf_counter() - start))
     ratios = [a / b for a, b in zip(*rates)]
