@@ -9,8 +9,10 @@ and its scores say nothing about the paper's models, which never saw this robot.
     3. training   contrastive, like CLIP's; but in a batch, every sentence that is true of a frame is a positive. And
                   the cosine of a frame and a sentence is pulled towards one value if it is true, another if not
     4. found      if found.npy is there: states of policies of long trainings on earlier models, some of them misled
-    5. rounds     SAC trains on the model's own rewards for the eight prompts; where those policies went, exploits
-                  included, joins the data with true captions, and the model is trained again from nothing
+    5. climbs     three times during its training, thousands of poses are changed at random, and each change is kept
+                  that the unfinished model rewards, for each of the eight prompts. In minutes they arrive at what it
+                  likes, right or wrong, and that joins its data with true captions
+    6. policies   so do, once, the states of policies that SAC trains on the unfinished model's rewards
 
 Six combinations, such as kneeling with raised arms, are kept from all of it (HELD_OUT): sentences to try it on.
 No success condition and no hand-written reward is used anywhere here.
@@ -134,9 +136,11 @@ def arms_of(p: Pose) -> np.ndarray:
     rules = {
         "raised": raised.all(1),
         "crossed": (aside < -0.215).all(1)
+        & (p.hands[..., Y] * SIDES < -0.05).all(1)  # past the middle of the pelvis too, however the waist is turned
         & (elbow_aside > aside).all(1)
         & (forward > 0.05).all(1)
-        & (np.abs(up) < 0.34).all(1)
+        & (up > -0.34).all(1)
+        & (up < 0.04).all(1)  # before the chest, not the face
         & (np.abs(up[:, 0] - up[:, 1]) < 0.18),
         "hips": (from_hip < 0.14).all(1) & (elbow_aside > aside).all(1) & (over_pelvis > -0.06).all(1),
         "one_raised": raised.any(1) & (up.min(1) < 0.1),
@@ -335,7 +339,7 @@ def truth(labels, says):
 both = None
 POSES = [  # degrees: (hip_x, hip_z, hip_y, knee) of the left leg, of the right; abdomen_y, the torso's pitch, its roll
     # stand (often: half of the prompts ask for it, each with other arms), squat, bow
-    *[((0, 0, 0, -2), both)] * 10,
+    *[((0, 0, 0, -2), both)] * 30,
     ((0, 0, -35, -60), both, -10),
     ((-5, -25, -95, -125), both, -30, 15),
     ((-10, -40, -105, -150), both, -40, 15),
@@ -445,15 +449,15 @@ class Body:
 
 
 def arm_library(body, rng, each=200):
-    """Angles of both arms (n, 6), equally many of each of ARMS, found by trying random ones; twice those of prompts."""
+    """Angles of both arms (n, 6), equally many of each of ARMS, found by trying random ones; more of the prompts'."""
     limits = body.low[[a - 7 for a in body.arms]], body.high[[a - 7 for a in body.arms]]
-    angles = rng.uniform(*limits, (12_000, 6))
+    angles = rng.uniform(*limits, (40_000, 6))
     mirrored = rng.random(len(angles)) < 0.7
     angles[mirrored, 3:] = angles[mirrored, :3] * [-1, -1, 1] + rng.normal(0, 0.1, (mirrored.sum(), 3))
     states = np.tile(body.model.qpos0, (len(angles), 1))
     states[:, body.arms] = np.clip(angles, *limits)
     labels = arms_of(vlmrm.measure_states(body.model, states))
-    kinds = [*range(len(ARMS)), *(ARMS.index(name) for name in ("raised", "crossed", "hips"))]
+    kinds = [*range(len(ARMS)), *(ARMS.index(name) for name in ("raised", "crossed", "hips") for _ in range(2))]
     return np.concatenate(
         [states[labels == k][rng.integers((labels == k).sum(), size=each)][:, body.arms] for k in kinds]
     )
@@ -500,6 +504,61 @@ def make_states(seed, poses, settled, episodes):
             if i % 4 == 0:
                 states.append(body.data.qpos.copy())
     return np.array(states, np.float32)
+
+
+def changed(body, arms, qpos, rng):
+    """The pose with one thing changed: some joints a little, one arm or leg more, both arms, or how it is turned."""
+    qpos, kind = qpos.copy(), rng.random()
+    if kind < 0.5:
+        some = rng.random(17) < 0.4
+        qpos[7:] += np.deg2rad(rng.choice([2, 5, 12])) * rng.standard_normal(17) * some
+    elif kind < 0.75:
+        limbs = body.legs[:4], body.legs[4:], body.arms[:3], body.arms[3:]
+        limb = limbs[rng.integers(4)]
+        qpos[limb] += np.deg2rad(rng.choice([5, 15])) * rng.standard_normal(len(limb))
+    elif kind < 0.85:
+        qpos[body.arms] = arms[rng.integers(len(arms))]
+    else:
+        turned = np.zeros(4)
+        mujoco.mju_mulQuat(turned, quaternion(*np.deg2rad(rng.choice([3, 10]) * rng.standard_normal(3))), qpos[3:7])
+        qpos[3:7] = turned / np.linalg.norm(turned)
+    return body.ground(qpos, 0.005)
+
+
+def climb(prompt, rng, model, climbers=96, tries=120, alpha=0.5):
+    """What a CLIP likes, found without any policy: random poses, of which every change stays that earns more.
+
+    Returns the poses after a third, two thirds and all of the tries, (3, climbers, 24).
+    """
+    torch.set_num_threads(1)
+    body, kept = Body(), []
+    arms, clip = arm_library(body, rng), vlmrm.CLIP(model)
+    reward_fn, scene = vlmrm.VLMReward(clip, prompt, alpha=alpha), vlmrm.Scene(clip.size)
+
+    def reward(states):
+        return np.where(
+            held_out(vlmrm.measure_states(body.model, states)), -1, reward_fn(vlmrm.render_states(scene, states))
+        )
+
+    states = np.array([pose(body, arms, rng) for _ in range(5 * climbers)])
+    rewards = reward(states)
+    best = np.argsort(rewards)[-climbers:]
+    states, rewards = states[best], rewards[best]
+    for i in range(tries):
+        others = np.array([changed(body, arms, qpos, rng) for qpos in states])
+        earned = reward(others)
+        better = earned > rewards
+        states[better], rewards[better] = others[better], earned[better]
+        if (i + 1) % (tries // 3) == 0:
+            kept.append(states.astype(np.float32))
+    return np.array(kept)
+
+
+def climbed_states(prompt, seed, folder):
+    """The poses of a climb, and what lies around those where it ended, (n, 24)."""
+    rng = np.random.default_rng(seed)
+    kept = climb(prompt, rng, f"local-dir:{folder}")
+    return np.concatenate([*kept, around(Body(), kept[-1], rng)])
 
 
 def visited_states(prompt, seed, steps, folder):
@@ -592,7 +651,9 @@ def architecture(width=16, size=96):
 PREPROCESS = dict(mean=[0.5] * 3, std=[0.25] * 3, interpolation="bicubic", resize_mode="shortest")
 
 
-def train(frames, labels, config, steps, seed=0, batch_size=256, log=print):
+def train(frames, labels, config, steps, seed=0, batch_size=256, grow=None):
+    """A model trained on frames (N, H, W, 3) and labels (N, 3). grow(model, i), called at each quarter of the way,
+    i = 1, 2, 3, returns more of both."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model = open_clip.CLIP(**config).to(memory_format=torch.channels_last)
@@ -607,15 +668,17 @@ def train(frames, labels, config, steps, seed=0, batch_size=256, log=print):
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.02, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     mean, std = (torch.tensor(PREPROCESS[k]).view(3, 1, 1) for k in ("mean", "std"))
-    rarity = [
-        1 / np.sqrt(np.bincount(labels[:, k], minlength=m))[labels[:, k]] for k, m in ((0, len(LEGS)), (1, len(ARMS)))
-    ]
-    weight = rarity[0] * rarity[1]
-    order = rng.choice(len(frames), (steps, batch_size), p=weight / weight.sum())
     model.train()
     bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    start, report = time.time(), np.zeros(5)
-    for i, rows in enumerate(order):
+    start, report, quarter = time.time(), np.zeros(5), steps // 4
+    for i in range(steps):
+        if grow and i in (quarter, 2 * quarter, 3 * quarter):
+            frames, labels = (np.concatenate(pair) for pair in zip((frames, labels), grow(model, i // quarter)))
+        if i in (0, quarter, 2 * quarter, 3 * quarter):  # rare legs and rare arms are drawn more often than they occur
+            counts = (np.bincount(labels[:, k], minlength=len(ARMS + LEGS))[labels[:, k]] for k in (0, 1))
+            weight = np.prod([1 / np.sqrt(count) for count in counts], 0)
+            order = iter(rng.choice(len(frames), (steps - i, batch_size), p=weight / weight.sum()))
+        rows = next(order)
         x = torch.from_numpy(frames[rows]).permute(0, 3, 1, 2).float() / 255
         x = (x * (1 + 0.1 * torch.randn(len(x), 1, 1, 1)) - mean) / std
         sentences, says = write_captions(np.tile(labels[rows], (2, 1)), rng)  # two of each frame
@@ -644,7 +707,7 @@ def train(frames, labels, config, steps, seed=0, batch_size=256, log=print):
         report += [contrastive.item(), squared.item(), *(a.item() for a in auxiliary)]
         if (i + 1) % 100 == 0:
             names = "contrastive", "squared", "legs", "arms", "trunk"
-            log(
+            print(
                 f"  step {i + 1}/{steps}",
                 *(f"{name} {value / 100:.3f}" for name, value in zip(names, report)),
                 f"{time.time() - start:.0f} s",
@@ -677,22 +740,18 @@ def main():
     parser = argparse.ArgumentParser(
         description="Makes the embedded CLIP from nothing.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/clip"), help="where the model goes, after each round")
-    parser.add_argument(
-        "--rounds", type=int, default=1, help="times that policies trained on the model add to its data"
-    )
-    parser.add_argument("--steps", type=int, default=2800, help="training steps of the last model")
-    parser.add_argument("--round-steps", type=int, default=500, help="training steps of the models before it")
-    parser.add_argument("--policy-steps", type=int, default=32_000, help="environment steps of each policy of a round")
+    parser.add_argument("--out", type=Path, default=Path("runs/clip"), help="where the model goes, unfinished ones too")
+    parser.add_argument("--steps", type=int, default=4000, help="training steps")
+    parser.add_argument("--policy-steps", type=int, default=20_000, help="environment steps of each policy")
     parser.add_argument("--width", type=int, default=16, help="of the image tower")
     parser.add_argument("--size", type=int, default=96, help="of the frames, in pixels")
-    parser.add_argument("--keep", type=Path, help="a .npy file for the states that the last model was trained on")
+    parser.add_argument("--keep", type=Path, help="a .npy file for the states that the model was trained on")
     parser.add_argument(
         "--family",
         type=Path,
         metavar="KEPT",
-        help="no rounds: train several widths and seeds "
-        "for --steps on the states that --keep kept, into folders under --out",
+        help="train several widths and seeds for --steps on "
+        "the states that --keep kept, into folders under --out; no climbs, no policies",
     )
     parser.add_argument(
         "--find",
@@ -720,36 +779,33 @@ def main():
     def admit(states):
         return states[~held_out(vlmrm.measure_states(vlmrm.Scene().model, states))]
 
-    states = in_parallel(make_states, [(seed, 4500, 1250, 75) for seed in range(4)])
+    states = in_parallel(make_states, [(seed, 5500, 1250, 75) for seed in range(4)])
     if FOUND.exists():
         found = np.load(FOUND).astype(np.float32)
         states += [found, around(Body(), np.tile(found, (3, 1)), np.random.default_rng(4))]
-    states = admit(np.concatenate(states))
-    frames = draw(states)
-    log(f"{len(states)} states before its own policies'")
-    for turn in range(args.rounds + 1):
-        labels = label(states)
-        for k, names in enumerate((LEGS, ARMS, TRUNK)):
-            print(
-                "  "
-                + ", ".join(
-                    f"{name} {count}" for name, count in zip(names, np.bincount(labels[:, k], minlength=len(names)))
-                )
-            )
-        last = turn == args.rounds
-        model = train(frames, labels, config, args.steps if last else args.round_steps, seed=turn)
+    states = [admit(np.concatenate(states))]
+    log(f"{len(states[0])} states to begin with")
+
+    def grow(model, turn):
         save(model, config, args.out)
-        log(f"model {turn + 1} of {args.rounds + 1} in {args.out}")
-        if not last:
-            jobs = [
-                (prompt, 100 * turn + i, args.policy_steps, 2000, args.out)
-                for i, (prompt, _) in enumerate(vlmrm.TASKS.values())
-            ]
-            visited = admit(np.concatenate(in_parallel(on_policy_states, jobs)))
-            states, frames = np.concatenate([states, visited]), np.concatenate([frames, draw(visited)])
-            log(f"{len(visited)} states of its policies")
+        prompts = [prompt for prompt, _ in vlmrm.TASKS.values()]
+        found = in_parallel(climbed_states, [(prompt, 100 * turn + i, args.out) for i, prompt in enumerate(prompts)])
+        if turn == 2:
+            jobs = [(prompt, i, args.policy_steps, 2000, args.out) for i, prompt in enumerate(prompts)]
+            found += in_parallel(on_policy_states, jobs)
+        states.append(admit(np.concatenate(found)))
+        log(f"{len(states[-1])} states that the model likes")
+        return draw(states[-1]), label(states[-1])
+
+    labels = label(states[0])
+    for k, names in enumerate((LEGS, ARMS, TRUNK)):
+        counts = np.bincount(labels[:, k], minlength=len(names))
+        print("  " + ", ".join(f"{name} {count}" for name, count in zip(names, counts)))
+    model = train(draw(states[0]), labels, config, args.steps, grow=grow)
+    save(model, config, args.out)
+    log(f"a model in {args.out}")
     if args.keep:
-        np.save(args.keep, states)
+        np.save(args.keep, np.concatenate(states))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,67 @@
+"""Where would a policy be misled? python evaluation/climb.py, in two minutes on 2 cores with the embedded CLIP
+
+A policy searches for what the reward likes. So does this, but among poses: for each task, 96 random ones are changed at
+random, 120 times each, and each change is kept that earns more (`climb` in tinyclip/make.py, which looks for a new
+CLIP's mistakes in this way). Of where they arrive, it prints
+
+    goal      the share that meets the task's success condition, and its mean reward
+    misled    the share that does not, and earns more than the scripted goal poses do on average; its mean reward
+    stuck     the rest: poses that no change improved, or not yet
+
+and draws the highest of the misled. Poses are not tried for balance: a policy may be unable to hold them. Nor does a
+climb find all that a policy would. The six combinations that the embedded CLIP was never shown are avoided.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tinyclip"))
+import make  # tinyclip/make.py, which finds vlmrm
+import vlmrm
+import numpy as np
+from PIL import Image, ImageDraw
+
+
+def arrived(task, seed, model, alpha):
+    """The last poses of a climb (N, 24), whether each is the goal (N,), their rewards (N,), and those of goal poses."""
+    prompt, condition = vlmrm.TASKS[task]
+    clip = vlmrm.CLIP(model)
+    reward_fn, scene = vlmrm.VLMReward(clip, prompt, alpha=alpha), vlmrm.Scene(clip.size)
+    states = make.climb(prompt, np.random.default_rng(seed), model, alpha=alpha)[-1].astype(float)
+    goal = vlmrm.holds(condition, vlmrm.measure_states(scene.model, states))
+    rewards, of_goals = (reward_fn(vlmrm.render_states(scene, x)) for x in (states, vlmrm.goal_states(task)))
+    return states, goal, rewards, of_goals
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Where would a policy be misled?", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--task", nargs="+", choices=vlmrm.TASKS, default=list(vlmrm.TASKS), metavar="TASK")
+    parser.add_argument("--model", default=vlmrm.EMBEDDED_CLIP, help="as of vlmrm.py train")
+    parser.add_argument("--alpha", type=float, default=0.5, help="strength of the projection")
+    parser.add_argument("--seed", type=int, default=1000, help="of the poses; make.py has those below 1000")
+    parser.add_argument("--out", type=Path, default=Path("runs/climb.png"), help="the picture")
+    args = parser.parse_args()
+    scene, size, across = vlmrm.Scene((160, 160), effects=True), 118, 8
+    picture = Image.new("RGB", (across * size, len(args.task) * size), "white")
+    found = make.in_parallel(arrived, [(task, args.seed, args.model, args.alpha) for task in args.task])
+    print("task            goal (reward)   misled (reward)   stuck   reward of goal poses")
+    for row, (task, (states, goal, rewards, of_goals)) in enumerate(zip(args.task, found)):
+        misled = ~goal & (rewards > of_goals.mean())
+        means = [f"{rewards[kind].mean():.3f}" if kind.any() else "  -  " for kind in (goal, misled)]
+        line = f"{task:14} {goal.mean():5.0%} ({means[0]})   {misled.mean():5.0%} ({means[1]})"
+        print(line, f"{(~goal & ~misled).mean():10.0%}   {of_goals.mean():.3f}")
+        worst = sorted(np.flatnonzero(misled), key=lambda i: -rewards[i])[:across]
+        for column, frame in enumerate(vlmrm.render_states(scene, states[worst]) if worst else ()):
+            tile = Image.fromarray(frame[25:143, 21:139])
+            ImageDraw.Draw(tile).text((4, size - 14), f"{task} {rewards[worst[column]]:.2f}", "black")
+            picture.paste(tile, (column * size, row * size))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(args.out)
+    print(f"See {args.out}")
+
+
+if __name__ == "__main__":
+    main()
