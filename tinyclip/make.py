@@ -1,21 +1,21 @@
-"""Makes a CLIP like the embedded one, into runs/clip: python tinyclip/make.py, in an hour or two on 2 cores, offline.
+"""Makes a CLIP like the embedded one, into runs/clip: python tinyclip/make.py, in about an hour on 2 cores.
 
 What it is, plainly: a stand-in, trained on captioned pictures of this very robot, including rollouts of policies that
-were trained on its own earlier rounds. It lets everything in this repository run on any machine. It is not zero-shot,
-and its scores say nothing about the paper's models, which never saw this robot.
+were trained on its own rewards, so that everything here runs on any machine. It is not zero-shot, and its scores say
+nothing about the paper's models, which never saw this robot.
 
     1. states     scripted, blended, mixed and random poses, settled under gravity by weak motors; random policies
     2. captions   computed from each state by geometry, so that any frame, however odd, has a true sentence
     3. training   contrastive, like CLIP's; but in a batch, every sentence that is true of a frame is a positive. And
                   the cosine of a frame and a sentence is pulled towards one value if it is true, another if not
     4. found      if found.npy is there: states of policies of long trainings on earlier models, some of them misled
-    5. climbs     three times during its training, thousands of poses are changed at random, and each change is kept
-                  that the unfinished model rewards, for each of the eight prompts. In minutes they arrive at what it
-                  likes, right or wrong, and that joins its data with true captions
+    5. climbs     three times meanwhile, for each of the eight prompts: random poses are changed at random, and each
+                  change is kept that the unfinished model rewards. What it likes, right or wrong, is found in minutes,
+                  and joins the data with true captions
     6. policies   so do, once, the states of policies that SAC trains on the unfinished model's rewards
 
 Six combinations, such as kneeling with raised arms, are kept from all of it (HELD_OUT): sentences to try it on.
-No success condition and no hand-written reward is used anywhere here.
+No success condition and no hand-written reward is used here.
 """
 
 import argparse
@@ -338,7 +338,7 @@ def truth(labels, says):
 
 both = None
 POSES = [  # degrees: (hip_x, hip_z, hip_y, knee) of the left leg, of the right; abdomen_y, the torso's pitch, its roll
-    # stand (often: half of the prompts ask for it, each with other arms), squat, bow
+    # stand (often: half of the prompts ask for it, with other arms), squat, bow
     *[((0, 0, 0, -2), both)] * 30,
     ((0, 0, -35, -60), both, -10),
     ((-5, -25, -95, -125), both, -30, 15),
@@ -402,7 +402,7 @@ def quaternion(yaw, pitch, roll):  # radians
 
 
 class Body:
-    """The simulator, for putting the robot into poses and letting go of it."""
+    """The simulator, to put the robot into poses and let go of it."""
 
     def __init__(self):
         self.model = vlmrm.Scene().model
@@ -449,7 +449,7 @@ class Body:
 
 
 def arm_library(body, rng, each=200):
-    """Angles of both arms (n, 6), equally many of each of ARMS, found by trying random ones; more of the prompts'."""
+    """Angles of both arms (n, 6), as many of each of ARMS, by trying random ones; more of the prompts'."""
     limits = body.low[[a - 7 for a in body.arms]], body.high[[a - 7 for a in body.arms]]
     angles = rng.uniform(*limits, (40_000, 6))
     mirrored = rng.random(len(angles)) < 0.7
@@ -652,8 +652,7 @@ PREPROCESS = dict(mean=[0.5] * 3, std=[0.25] * 3, interpolation="bicubic", resiz
 
 
 def train(frames, labels, config, steps, seed=0, batch_size=256, grow=None):
-    """A model trained on frames (N, H, W, 3) and labels (N, 3). grow(model, i), called at each quarter of the way,
-    i = 1, 2, 3, returns more of both."""
+    """A model of frames (N, H, W, 3) and labels (N, 3); grow(model, i) gives more of both after quarter i = 1, 2, 3."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model = open_clip.CLIP(**config).to(memory_format=torch.channels_last)
@@ -674,7 +673,7 @@ def train(frames, labels, config, steps, seed=0, batch_size=256, grow=None):
     for i in range(steps):
         if grow and i in (quarter, 2 * quarter, 3 * quarter):
             frames, labels = (np.concatenate(pair) for pair in zip((frames, labels), grow(model, i // quarter)))
-        if i in (0, quarter, 2 * quarter, 3 * quarter):  # rare legs and rare arms are drawn more often than they occur
+        if i in (0, quarter, 2 * quarter, 3 * quarter):  # rare legs and arms are drawn more often than they occur
             counts = (np.bincount(labels[:, k], minlength=len(ARMS + LEGS))[labels[:, k]] for k in (0, 1))
             weight = np.prod([1 / np.sqrt(count) for count in counts], 0)
             order = iter(rng.choice(len(frames), (steps - i, batch_size), p=weight / weight.sum()))
@@ -738,27 +737,27 @@ def family_member(states, width, seed, args):
 
 def main():
     parser = argparse.ArgumentParser(
-        description="Makes the embedded CLIP from nothing.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description="Makes a CLIP like the embedded one.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/clip"), help="where the model goes, unfinished ones too")
+    parser.add_argument("--out", type=Path, default=Path("runs/clip"), help="where the model goes")
     parser.add_argument("--steps", type=int, default=4000, help="training steps")
     parser.add_argument("--policy-steps", type=int, default=20_000, help="environment steps of each policy")
     parser.add_argument("--width", type=int, default=16, help="of the image tower")
     parser.add_argument("--size", type=int, default=96, help="of the frames, in pixels")
-    parser.add_argument("--keep", type=Path, help="a .npy file for the states that the model was trained on")
+    parser.add_argument("--keep", type=Path, help="a .npy file for the states that it was trained on")
     parser.add_argument(
         "--family",
         type=Path,
         metavar="KEPT",
         help="train several widths and seeds for --steps on "
-        "the states that --keep kept, into folders under --out; no climbs, no policies",
+        "the states that --keep kept, into folders under --out",
     )
     parser.add_argument(
         "--find",
         nargs="+",
         type=Path,
         metavar="RUN",
-        help="make nothing: add states of the policies of these finished runs to found.npy, for the next time",
+        help="make nothing: add states of the policies of these finished runs to found.npy",
     )
     args = parser.parse_args()
     if args.find:
