@@ -749,8 +749,7 @@ def main():
         "--family",
         type=Path,
         metavar="KEPT",
-        help="train several widths and seeds for --steps on "
-        "the states that --keep kept, into folders under --out",
+        help="train several widths and seeds for --steps on the states that --keep kept, into folders under --out",
     )
     parser.add_argument(
         "--find",
