@@ -1807,3 +1807,11 @@ def test_climbing_poses_earn_more_and_stay_out_of_what_is_held_out(make):
     assert states.shape == (3, 6, 24) and (middle > early - 1e-4).all() and (late > middle - 1e-4).all()
     assert late.mean() > early.mean() + 0.01
     assert not make.held_out(vlmrm.measure_states(SCENE.model, states[2])).any()
+
+
+def test_climb_script_prints_where_climbers_arrive_and_draws_the_misled(tmp_path):
+    words = "--task standing arms-crossed --climbers 4 --tries 6 --out".split()
+    command = [sys.executable, ROOT / "evaluation/climb.py", *words, tmp_path / "climb.png"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [line.split()[0] for line in printed] == ["task", "standing", "arms-crossed", "See"]
+    assert Image.open(tmp_path / "climb.png").size == (8 * 118, 2 * 118)

@@ -2,14 +2,14 @@
 
 A policy searches for what the reward likes. So does this, but among poses: for each task, 96 random ones are changed at
 random, 120 times each, and each change is kept that earns more (`climb` in tinyclip/make.py, which looks for a new
-CLIP's mistakes in this way). Of where they arrive, it prints
+CLIP's mistakes in the same way). Of where they arrive, it prints
 
     goal      the share that meets the task's success condition, and its mean reward
     misled    the share that does not, and earns more than the scripted goal poses do on average; its mean reward
-    stuck     the rest: poses that no change improved, or not yet
+    stuck     the rest
 
-and draws the highest of the misled. Poses are not tried for balance: a policy may be unable to hold them. Nor does a
-climb find all that a policy would. The six combinations that the embedded CLIP was never shown are avoided.
+and draws the highest of the misled. A policy may be unable to hold such a pose, and may find others. The combinations
+that the embedded CLIP was never shown are avoided.
 """
 
 import argparse
@@ -23,12 +23,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 
-def arrived(task, seed, model, alpha):
+def arrived(task, args):
     """The last poses of a climb (N, 24), whether each is the goal (N,), their rewards (N,), and those of goal poses."""
-    prompt, condition = vlmrm.TASKS[task]
-    clip = vlmrm.CLIP(model)
-    reward_fn, scene = vlmrm.VLMReward(clip, prompt, alpha=alpha), vlmrm.Scene(clip.size)
-    states = make.climb(prompt, np.random.default_rng(seed), model, alpha=alpha)[-1].astype(float)
+    (prompt, condition), rng, clip = vlmrm.TASKS[task], np.random.default_rng(args.seed), vlmrm.CLIP(args.model)
+    reward_fn, scene = vlmrm.VLMReward(clip, prompt, alpha=args.alpha), vlmrm.Scene(clip.size)
+    states = make.climb(prompt, rng, args.model, args.climbers, args.tries, args.alpha)[-1].astype(float)
     goal = vlmrm.holds(condition, vlmrm.measure_states(scene.model, states))
     rewards, of_goals = (reward_fn(vlmrm.render_states(scene, x)) for x in (states, vlmrm.goal_states(task)))
     return states, goal, rewards, of_goals
@@ -41,12 +40,14 @@ def main():
     parser.add_argument("--task", nargs="+", choices=vlmrm.TASKS, default=list(vlmrm.TASKS), metavar="TASK")
     parser.add_argument("--model", default=vlmrm.EMBEDDED_CLIP, help="as of vlmrm.py train")
     parser.add_argument("--alpha", type=float, default=0.5, help="strength of the projection")
+    parser.add_argument("--climbers", type=int, default=96, help="poses that climb")
+    parser.add_argument("--tries", type=int, default=120, help="changes that each of them tries")
     parser.add_argument("--seed", type=int, default=1000, help="of the poses; make.py has those below 1000")
     parser.add_argument("--out", type=Path, default=Path("runs/climb.png"), help="the picture")
     args = parser.parse_args()
     scene, size, across = vlmrm.Scene((160, 160), effects=True), 118, 8
     picture = Image.new("RGB", (across * size, len(args.task) * size), "white")
-    found = make.in_parallel(arrived, [(task, args.seed, args.model, args.alpha) for task in args.task])
+    found = make.in_parallel(arrived, [(task, args) for task in args.task])
     print("task            goal (reward)   misled (reward)   stuck   reward of goal poses")
     for row, (task, (states, goal, rewards, of_goals)) in enumerate(zip(args.task, found)):
         misled = ~goal & (rewards > of_goals.mean())
