@@ -1,8 +1,8 @@
 """Where would a policy be misled? python evaluation/climb.py, in two minutes on 2 cores with the embedded CLIP
 
-A policy searches for what the reward likes. So does this, but among poses: for each task, 96 random ones are changed at
-random, 120 times each, and each change is kept that earns more (`climb` in tinyclip/make.py, which looks for a new
-CLIP's mistakes in the same way). Of where they arrive, it prints
+A policy searches for what the reward likes. So does this, but among poses: for each task, the best 96 of 480 random
+ones are changed at random, 120 times each, and a change is kept if it earns more (`climb` in tinyclip/make.py, which
+looks for a new CLIP's mistakes in the same way). Of where they arrive, it prints
 
     goal      the share that meets the task's success condition, and its mean reward
     misled    the share that does not, and earns more than the scripted goal poses do on average; its mean reward
@@ -20,11 +20,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tinyclip"))
 import make  # tinyclip/make.py, which finds vlmrm
 import vlmrm
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
 
 def arrived(task, args):
     """The last poses of a climb (N, 24), whether each is the goal (N,), their rewards (N,), and those of goal poses."""
+    torch.set_num_threads(1)  # two tasks at a time
     (prompt, condition), rng, clip = vlmrm.TASKS[task], np.random.default_rng(args.seed), vlmrm.CLIP(args.model)
     reward_fn, scene = vlmrm.VLMReward(clip, prompt, alpha=args.alpha), vlmrm.Scene(clip.size)
     states = make.climb(prompt, rng, args.model, args.climbers, args.tries, args.alpha)[-1].astype(float)
@@ -42,10 +44,13 @@ def main():
     parser.add_argument("--alpha", type=float, default=0.5, help="strength of the projection")
     parser.add_argument("--climbers", type=int, default=96, help="poses that climb")
     parser.add_argument("--tries", type=int, default=120, help="changes that each of them tries")
-    parser.add_argument("--seed", type=int, default=1000, help="of the poses; make.py has those below 1000")
+    parser.add_argument("--seed", type=int, default=1000, help="of the poses; those below 1000 are the training's")
     parser.add_argument("--out", type=Path, default=Path("runs/climb.png"), help="the picture")
     args = parser.parse_args()
-    scene, size, across = vlmrm.Scene((160, 160), effects=True), 118, 8
+    if args.climbers < 1 or args.tries < 3:
+        parser.error(f"--climbers {args.climbers}, --tries {args.tries}: at least 1 and 3")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    scene, size, across = vlmrm.Scene((160, 160), effects=True), 118, 8  # of 160 pixels the middle 118
     picture = Image.new("RGB", (across * size, len(args.task) * size), "white")
     found = make.in_parallel(arrived, [(task, args) for task in args.task])
     print("task            goal (reward)   misled (reward)   stuck   reward of goal poses")
@@ -59,7 +64,6 @@ def main():
             tile = Image.fromarray(frame[25:143, 21:139])
             ImageDraw.Draw(tile).text((4, size - 14), f"{task} {rewards[worst[column]]:.2f}", "black")
             picture.paste(tile, (column * size, row * size))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     picture.save(args.out)
     print(f"See {args.out}")
 

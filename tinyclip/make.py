@@ -526,11 +526,8 @@ def changed(body, arms, qpos, rng):
 
 
 def climb(prompt, rng, model, climbers=96, tries=120, alpha=0.5):
-    """What a CLIP likes, found without any policy: random poses, of which every change stays that earns more.
-
-    Returns the poses after a third, two thirds and all of the tries, (3, climbers, 24).
-    """
-    torch.set_num_threads(1)
+    """What a CLIP likes, found without a policy: the best fifth of random poses, of which every change stays that earns
+    more. Returns the poses after a third, two thirds and all of the tries, (3, climbers, 24)."""
     body, kept = Body(), []
     arms, clip = arm_library(body, rng), vlmrm.CLIP(model)
     reward_fn, scene = vlmrm.VLMReward(clip, prompt, alpha=alpha), vlmrm.Scene(clip.size)
@@ -549,13 +546,14 @@ def climb(prompt, rng, model, climbers=96, tries=120, alpha=0.5):
         earned = reward(others)
         better = earned > rewards
         states[better], rewards[better] = others[better], earned[better]
-        if (i + 1) % (tries // 3) == 0:
+        if i + 1 in (tries // 3, 2 * tries // 3, tries):
             kept.append(states.astype(np.float32))
     return np.array(kept)
 
 
 def climbed_states(prompt, seed, folder):
     """The poses of a climb, and what lies around those where it ended, (n, 24)."""
+    torch.set_num_threads(1)
     rng = np.random.default_rng(seed)
     kept = climb(prompt, rng, f"local-dir:{folder}")
     return np.concatenate([*kept, around(Body(), kept[-1], rng)])
@@ -669,13 +667,13 @@ def train(frames, labels, config, steps, seed=0, batch_size=256, grow=None):
     mean, std = (torch.tensor(PREPROCESS[k]).view(3, 1, 1) for k in ("mean", "std"))
     model.train()
     bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    start, report, quarter = time.time(), np.zeros(5), steps // 4
+    start, report, quarters = time.time(), np.zeros(5), [0, steps // 4, steps // 2, 3 * steps // 4]
     for i in range(steps):
-        if grow and i in (quarter, 2 * quarter, 3 * quarter):
-            frames, labels = (np.concatenate(pair) for pair in zip((frames, labels), grow(model, i // quarter)))
-        if i in (0, quarter, 2 * quarter, 3 * quarter):  # rare legs and arms are drawn more often than they occur
-            counts = (np.bincount(labels[:, k], minlength=len(ARMS + LEGS))[labels[:, k]] for k in (0, 1))
-            weight = np.prod([1 / np.sqrt(count) for count in counts], 0)
+        if i in quarters:
+            if i and grow:
+                frames, labels = (np.concatenate(p) for p in zip((frames, labels), grow(model, quarters.index(i))))
+            counts = (np.bincount(labels[:, k])[labels[:, k]] for k in (0, 1))
+            weight = np.prod([1 / np.sqrt(count) for count in counts], 0)  # rare legs and arms are drawn more often
             order = iter(rng.choice(len(frames), (steps - i, batch_size), p=weight / weight.sum()))
         rows = next(order)
         x = torch.from_numpy(frames[rows]).permute(0, 3, 1, 2).float() / 255
@@ -792,7 +790,7 @@ def main():
             jobs = [(prompt, i, args.policy_steps, 2000, args.out) for i, prompt in enumerate(prompts)]
             found += in_parallel(on_policy_states, jobs)
         states.append(admit(np.concatenate(found)))
-        log(f"{len(states[-1])} states that the model likes")
+        log(f"{len(states[-1])} states more")
         return draw(states[-1]), label(states[-1])
 
     labels = label(states[0])
