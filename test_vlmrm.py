@@ -1480,6 +1480,7 @@ def test_the_folder_of_a_run_tells_what_is_unusual_about_it(tmp_path, monkeypatc
     for options, name in (
         ("--seed 3", "kneeling-seed3"),
         ("--task lotus --alpha 0.3 --pink 0.75 --azimuth 210", "lotus-alpha0.3-pink0.75-azimuth210-seed0"),
+        ("--gamma 0.98", "kneeling-gamma0.98-seed0"),
         ("--model local-dir:a/b --alpha 0", "kneeling-b-alpha0-seed0"),
     ):
         (tmp_path / "runs" / name).mkdir(parents=True)

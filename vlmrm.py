@@ -996,7 +996,7 @@ def train(args: argparse.Namespace):
     baseline = args.baseline or [BASELINE_PROMPT]
     name = task or "-".join("".join(c if c.isalnum() else " " for c in prompt[0].lower()).split())[:60] or "prompt"
     name += f"-{short(args.model)}" * (args.model != EMBEDDED_CLIP)
-    for setting, usual in dict(alpha=0.5, pink=0, azimuth=CAMERA["azimuth"]).items():
+    for setting, usual in dict(alpha=0.5, pink=0, gamma=0.95, azimuth=CAMERA["azimuth"]).items():
         name += f"-{setting}{getattr(args, setting):g}" * (getattr(args, setting) != usual)
     out = args.out or Path("runs") / f"{name}-seed{args.seed}"
     if rank == 0 and not args.resume:
@@ -1141,7 +1141,7 @@ def parser() -> argparse.ArgumentParser:
         add(group, flag, field.metadata["help"], type=field.type, default=field.default)
     group = command.add_argument_group("the output")
     add(group, "--episodes", "episodes of the final judgement", type=int, default=100)
-    meaning = "folder of the run; left out: runs/TASK-seedN, and in its name any unusual model, alpha, pink, azimuth"
+    meaning = "its folder; left out: runs/TASK-seedN, and in its name any unusual model, alpha, pink, gamma, azimuth"
     add(group, "--out", meaning, type=Path)
     add(group, "--overwrite", "replace a run that is already there", action="store_true")
     meaning = "go on with the interrupted run in this folder, with the settings it was begun with"

@@ -26,8 +26,8 @@ from PIL import Image, ImageDraw
 ASSETS = Path(__file__).parent.parent / "assets"
 RUNS = ASSETS / "runs"
 PAPER = dict(zip(vlmrm.TASKS, (1, 1, 1, 1, 1, 0.64, 0, 0)))  # Table 1: ViT-bigG-14, 10 million steps
-SETTINGS = ("model", "alpha", "pink", "azimuth", "steps")  # what is averaged over seeds has these in common
-COLUMNS = "task model alpha pink azimuth seed steps episodes success success_held reward".split()
+SETTINGS = ("model", "alpha", "pink", "gamma", "azimuth", "steps")  # what is averaged over seeds has these in common
+COLUMNS = "task model alpha pink gamma azimuth seed steps episodes success success_held reward".split()
 COLUMNS += "reward_at_the_end reward_of_goal_poses success_zero success_random success_untrained seconds".split()
 PARTS = vlmrm.kneeling, vlmrm.lotus, vlmrm.standing, vlmrm.splits, vlmrm.raised, vlmrm.on_hips, vlmrm.crossed
 
@@ -35,6 +35,7 @@ PARTS = vlmrm.kneeling, vlmrm.lotus, vlmrm.standing, vlmrm.splits, vlmrm.raised,
 def name_of(row: dict) -> str:
     settings = f"-{vlmrm.short(row['model'])}" * (row["model"] != vlmrm.EMBEDDED_CLIP)
     settings += f"-alpha{row['alpha']:g}" * (row["alpha"] != 0.5) + f"-pink{row['pink']:g}" * (row["pink"] > 0)
+    settings += f"-gamma{row['gamma']:g}" * (row["gamma"] != 0.95)
     settings += f"-azimuth{row['azimuth']:g}" * (row["azimuth"] != 180)
     return f"{row['task']}{settings}-steps{row['steps']:.0f}-seed{row['seed']:g}"
 
@@ -60,13 +61,14 @@ def print_table(rows: list[dict], ceilings: dict):
     for task, (prompt, _) in vlmrm.JUDGED.items():
         of_task = [row for row in rows if row["task"] == task]
         for settings in sorted({tuple(row[key] for key in SETTINGS) for row in of_task}):
-            model, alpha, pink, azimuth, steps = settings
+            model, alpha, pink, gamma, azimuth, steps = settings
             some = [row for row in of_task if tuple(row[key] for key in SETTINGS) == settings]
             rewards = [np.mean([row[key] for row in some]) for key in ("reward_at_the_end", "reward_of_goal_poses")]
             ceiling = [f"{float(ceilings[task][key]):.0%}" for key in ("success", "success_held") if task in ceilings]
             minutes = [f"{row['seconds'] / 60:.0f}" for row in some if "seconds" in row]
             name = task + f", {model}" * (model != vlmrm.EMBEDDED_CLIP)
             name += f", alpha {alpha:g}" * (alpha != 0.5) + f", --pink {pink:g}" * (pink > 0)
+            name += f", --gamma {gamma:g}" * (gamma != 0.95)
             name += f", --azimuth {azimuth:g}" * (azimuth != 180)
             cells = [name, prompt, len(some)]
             cells += [spread(row[key] for row in some) for key in ("success", "success_held", "success_zero")]
@@ -152,7 +154,7 @@ def main():
     results = [json.loads((folder / "result.json").read_text()) | dict(folder=folder) for folder in args.runs]
     for result in results:
         config = json.loads((result["folder"] / "config.json").read_text())
-        result |= dict(pink=config["pink"], azimuth=config["azimuth"])
+        result |= {key: config[key] for key in ("pink", "gamma", "azimuth")}
     results = [result for result in results if result["task"]]  # others have no success to report
     for result in results:
         for name, rates in result["references"].items():
@@ -170,7 +172,7 @@ def main():
     if args.gallery:
         draw_gallery(results, ASSETS / "gallery.gif")
     if args.alphas:
-        usual = dict(task="kneeling", model=vlmrm.EMBEDDED_CLIP, pink=0, azimuth=180, steps=100_800)
+        usual = dict(task="kneeling", model=vlmrm.EMBEDDED_CLIP, pink=0, gamma=0.95, azimuth=180, steps=100_800)
         plain = [row for row in rows if usual.items() <= row.items()]
         draw_alphas(plain, ASSETS / "alpha.png")
 
