@@ -4,6 +4,12 @@ Where a policy fails on CLIP's reward, this says whether physics and SAC stand i
 how near the body's points (head, shoulders, elbows, hands, hips, knees, feet, pelvis) are to those of one scripted goal
 pose, seen from the pelvis: dense, and privileged, for it reads the simulator and knows the pose. Nothing else uses it.
 Success is judged as in vlmrm.py. Prints a row for each task, and adds it to --out.
+
+The numbers in assets/runs/ceiling.csv are of
+
+    python benchmarks/ceiling.py splits --steps 200000 --pink 1    # and with --steps 100000, without pink noise: 0%
+    python benchmarks/ceiling.py arms-raised hands-on-hips arms-crossed --steps 150000
+    python benchmarks/ceiling.py arms-crossed --steps 150000 --hands 5
 """
 
 import argparse
