@@ -56,8 +56,9 @@ def spread(values: Iterable) -> str:
 
 
 def print_table(rows: list[dict], ceilings: dict):
-    columns = "task | prompt | seeds | success | held | zero action | CLIP reward at the end | of goal poses | ceiling"
-    print(f"| {columns} | steps | minutes | the paper's, of another experiment |\n" + "|---" * 12 + "|")
+    columns = "task | prompt | seeds | success | held | of the best seed by CLIP reward, as in the paper | zero action"
+    columns += " | CLIP reward at the end | of goal poses | dense reward | steps | minutes"
+    print(f"| {columns} | the paper's, of another experiment |\n" + "|---" * 13 + "|")
     for task, (prompt, _) in vlmrm.JUDGED.items():
         of_task = [row for row in rows if row["task"] == task]
         for settings in sorted({tuple(row[key] for key in SETTINGS) for row in of_task}):
@@ -71,7 +72,10 @@ def print_table(rows: list[dict], ceilings: dict):
             name += f", --gamma {gamma:g}" * (gamma != 0.95)
             name += f", --azimuth {azimuth:g}" * (azimuth != 180)
             cells = [name, prompt, len(some)]
-            cells += [spread(row[key] for row in some) for key in ("success", "success_held", "success_zero")]
+            keys = "success", "success_held", "success_zero"
+            success, held, zero = (spread(row[key] for row in some) for key in keys)
+            best = max(some, key=lambda row: row["reward"])
+            cells += [success, held, f"{best['success']:.0%} / {best['success_held']:.0%}", zero]
             cells += [
                 *(f"{reward:.3f}" for reward in rewards),
                 " / ".join(ceiling),
