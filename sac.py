@@ -47,7 +47,7 @@ class Config:
     """
 
     steps: int = setting(100_000, "environment steps in all [10 million]")
-    learning_starts: int = setting(4_800, "steps before the first update, by the untrained policy [50,000, at random]")
+    learning_starts: int = setting(4_800, "steps before the first update, by the untrained policy [50,000, random]")
     round_steps: int = setting(100, "steps of an episode, and of each environment between two labellings")
     updates_per_step: float = setting(0.25, "gradient updates for each environment step [1/32: 100 for 3,200 steps]")
     batch_size: int = setting(256, "transitions in an update [512]")
@@ -59,12 +59,12 @@ class Config:
     learning_rate: float = setting(6e-4, "of Adam, at the start; it falls linearly towards zero [constant]")
     init_temperature: float = setting(0.1, "weight of entropy at the start; it is learned from there [1]")
     hidden: int = setting(256, "width of the two hidden layers of each network")
-    eval_every: int = setting(3_200, "steps between evaluations, or a 32nd of all if more; the best by reward is kept")
+    eval_every: int = setting(3_200, "steps between evaluations, at least a 32nd of all; the best by reward is kept")
     eval_episodes: int = setting(16, "episodes in such an evaluation")
     seed: int = setting(0, "of everything random")
 
     def __post_init__(self):
-        # a seed's environments: training from 10^10 (seed + 1), evaluations 10^9 + seed, vlmrm.py's from 2 10^9; apart
+        # episode seeds that never meet in a run: training 10^10 (seed + 1), evaluations 10^9 + seed, vlmrm.py 2 10^9
         most = dict(pink=1, gamma=1, tau=1, actor_tau=1, seed=10**8)
         for option in fields(self):
             name, value = option.name, getattr(self, option.name)
@@ -221,7 +221,7 @@ class SAC(nn.Module):
         return (self.log_temperature.exp().detach() * log_prob - q).mean(), log_prob.detach()
 
     def temperature_loss(self, log_prob: Tensor) -> Tensor:
-        """Raises the temperature while the policy's entropy is under its target, lowers it while over."""
+        """Pushes the temperature up while the policy's entropy is under its target, down while over."""
         return -(self.log_temperature.exp() * (log_prob + self.target_entropy)).mean()
 
     def update(self, obs: Tensor, action: Tensor, reward: Tensor, next_obs: Tensor, terminated: Tensor) -> dict:
@@ -243,6 +243,7 @@ class SAC(nn.Module):
 
 
 def descend(optimizer: torch.optim.Optimizer, loss: Tensor):
+    """One step of an optimizer's own parameters down the gradient of the loss."""
     parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
     loss.backward(inputs=parameters)  # the actor's loss runs through the critics: their gradients are not wanted

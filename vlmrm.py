@@ -89,7 +89,8 @@ def goal_baseline_reward(state: Tensor, goal: Tensor, baseline: Tensor, alpha: f
 
     An image's embedding says much that has nothing to do with the task (floor, sky, style). What the task changes is
     the direction from a baseline sentence ("a humanoid robot") to the goal sentence ("a humanoid robot kneeling"). So
-    the embedding is moved towards its projection on the line L through the two, before it is compared with the goal.
+    the embedding is moved towards its projection on the line L through the two, before it is compared with the goal; by
+    1 - |s - g|^2 / 2, which for unit vectors is the cosine.
 
     state (B, D), goal (D,), baseline (D,), of any norm; alpha in [0, 1]: 0 is equation (2), 1 keeps only what lies
     along L. Returns (B,), at most 1. Raises ValueError for an alpha out of range, if alpha > 0 and goal = baseline, and
@@ -157,7 +158,7 @@ class CLIP:
         try:
             # the weights know their activation function; open_clip only warns where the architecture has another
             quick = bool(tag) and open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False)
-            # open_clip's half precision leaves out layers of a CoCa and of a text tower from Hugging Face: take "pure"
+            # open_clip's half precision keeps fp32 layers in a CoCa and a Hugging Face text tower: take "pure"
             config = open_clip.get_model_config(name) or {}
             left_out = "multimodal_cfg" in config or "hf_model_name" in config.get("text_cfg", {})
             precision = "pure_" * (left_out and precision != "fp32") + precision
@@ -301,7 +302,7 @@ PAINT |= dict.fromkeys(["uwaist", "lwaist", "thigh1", "uarm1"], JOINT)
 
 
 class Scene:
-    """Gymnasium's humanoid, repainted in memory, and a camera. Physics is untouched; to it, a small floor is endless.
+    """Gymnasium's humanoid, repainted in memory, and a camera. Physics is untouched: there, any floor is endless.
 
     size: (height, width) in pixels. look: "realistic", or "original" for Gymnasium's own colours. effects: shadows,
     reflections and smooth edges, for people: CLIP sees the pose without them, at a fraction of the cost. Do not mix
@@ -346,8 +347,8 @@ class Scene:
                 raise ValueError(f"{CANNOT_DRAW} ({' '.join(str(error).split())[:99]})") from error
             for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
                 self.renderer.scene.flags[flag] = self.effects
-        mujoco.mj_kinematics(self.model, data)  # positions of the bodies and the camera from qpos
-        mujoco.mj_camlight(self.model, data)
+        mujoco.mj_kinematics(self.model, data)  # positions of the bodies from qpos
+        mujoco.mj_camlight(self.model, data)  # and of the light
         self.camera.lookat[:2] = data.qpos[:2]
         self.renderer.update_scene(data, self.camera)
         return self.renderer.render()
@@ -359,7 +360,7 @@ def check_states(model: mujoco.MjModel, states: np.ndarray):
 
 
 def render_states(scene: Scene, states: np.ndarray) -> np.ndarray:
-    """qpos (N, 24) -> frames, uint8 (N, height, width, 3). Raises ValueError for other shapes, NaN, and for none."""
+    """qpos (N, 24) -> frames, uint8 (N, height, width, 3). Raises ValueError for other shapes, NaN, and if empty."""
     check_states(scene.model, states)
     data, frames = mujoco.MjData(scene.model), np.empty((len(states), *scene.size, 3), np.uint8)
     for i, qpos in enumerate(states):
@@ -412,7 +413,7 @@ def measure(model: mujoco.MjModel, data: mujoco.MjData) -> Pose:
 
 
 def measure_states(model: mujoco.MjModel, states: np.ndarray) -> Pose:
-    """qpos (N, 24) -> a Pose of (N, ...) arrays. Raises ValueError for other shapes, NaN, and for none."""
+    """qpos (N, 24) -> a Pose of (N, ...) arrays. Raises ValueError for other shapes, NaN, and if empty."""
     check_states(model, states)
     data, poses = mujoco.MjData(model), []
     for qpos in states:
@@ -567,7 +568,7 @@ class Humanoid(HumanoidEnv):
 
     def do_simulation(self, ctrl: np.ndarray, n_frames: int):
         super().do_simulation(ctrl, n_frames)
-        mujoco.mj_kinematics(self.model, self.data)  # else Gymnasium reads bodies where they were a moment before qpos
+        mujoco.mj_kinematics(self.model, self.data)  # else Gymnasium reads bodies where they were one step before qpos
 
     def step(self, action: np.ndarray) -> tuple:
         observation, reward, terminated, truncated, _ = super().step(action)
