@@ -568,7 +568,7 @@ class Humanoid(HumanoidEnv):
 
     def do_simulation(self, ctrl: np.ndarray, n_frames: int):
         super().do_simulation(ctrl, n_frames)
-        mujoco.mj_kinematics(self.model, self.data)  # else Gymnasium reads bodies where they were one step before qpos
+        mujoco.mj_kinematics(self.model, self.data)  # else Gymnasium reads bodies from a physics step before qpos
 
     def step(self, action: np.ndarray) -> tuple:
         observation, reward, terminated, truncated, _ = super().step(action)
@@ -1142,7 +1142,7 @@ def parser() -> argparse.ArgumentParser:
         add(group, flag, field.metadata["help"], type=field.type, default=field.default)
     group = command.add_argument_group("the output")
     add(group, "--episodes", "episodes of the final judgement", type=int, default=100)
-    meaning = "its folder; left out: runs/TASK-seedN, and in its name any unusual model, alpha, pink, gamma, azimuth"
+    meaning = "folder; left out: runs/TASK-seedN, and in its name any unusual model, alpha, pink, gamma, azimuth"
     add(group, "--out", meaning, type=Path)
     add(group, "--overwrite", "replace a run that is already there", action="store_true")
     meaning = "go on with the interrupted run in this folder, with the settings it was begun with"
