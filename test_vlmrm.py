@@ -310,6 +310,8 @@ ALL_FOURS, LYING = dict(hip_y=-90, knee=-90, abdomen_y=10, pitch=85), dict(knee=
 LOTUS = dict(hip_x=-5, hip_z=-55, hip_y=-60, knee=-155)
 LOTUS_LEANING = dict(hip_x=-15, hip_z=-55, hip_y=-85, knee=-155, pitch=15, abdomen_y=20)
 SPLITS, STRADDLE = dict(hip_x=-25, hip_z=-60, hip_y=-80, knee=-2), dict(hip_x=-15, hip_z=-35, hip_y=-85, knee=-5)
+FRONT_SPLITS = dict(pitch=5, abdomen_y=30, abdomen_x=20, left_hip_x=-25, left_hip_z=30, left_hip_y=20, left_knee=-10)
+FRONT_SPLITS |= dict(right_hip_x=-25, right_hip_z=-30, right_hip_y=-110)
 SIT, IN_THE_AIR, TIPPED = dict(hip_y=-85, knee=-5), dict(lift=0.3), dict(pitch=60)
 SCENE = vlmrm.Scene()
 
@@ -1745,6 +1747,8 @@ def test_captions_are_true_of_their_own_frame_and_the_bare_baseline_of_all(make)
         (STAND | RAISED, "stand raised upright"),
         (STAND | CROSSED, "stand crossed upright"),
         (SPLITS, "splits any upright"),
+        (FRONT_SPLITS, "front_splits any any"),
+        (STAND | CROSSED | dict(abdomen_z=30), "stand folded any"),  # crossed as the torso is, not the pelvis
         (ONE_LEG | ON_HIPS, "one_leg hips upright"),
         (KNEEL | DOWN, "kneel down upright"),
         (SQUAT, "squat any any"),

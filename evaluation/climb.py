@@ -44,7 +44,7 @@ def main():
     parser.add_argument("--alpha", type=float, default=0.5, help="strength of the projection")
     parser.add_argument("--climbers", type=int, default=96, help="poses that climb")
     parser.add_argument("--tries", type=int, default=120, help="changes that each of them tries")
-    parser.add_argument("--seed", type=int, default=1000, help="of the poses; those below 1000 are the training's")
+    parser.add_argument("--seed", type=int, default=1000, help="of the poses; a training of the CLIP has others")
     parser.add_argument("--out", type=Path, default=Path("runs/climb.png"), help="the picture")
     args = parser.parse_args()
     if args.climbers < 1 or args.tries < 3:

@@ -58,6 +58,7 @@ def legs_of(p: Pose) -> np.ndarray:
         )
     )
     aside = np.degrees(np.arctan2(leg[..., Y] * SIDES, leg[..., X]))  # of each leg: 0 forward, 90 to its side, 180 back
+    aside[aside < -90] += 360
     out = p.knees[..., Y] * SIDES
     straight, on_foot = bend < 28, feet < 0.125
     on_knee = (knees < 0.105) & (p.knees[..., X] - p.feet[..., X] > 0.165)  # knee down, shin behind it
@@ -89,7 +90,14 @@ def legs_of(p: Pose) -> np.ndarray:
         & (aside > 47).all(1)
         & (aside < 130).all(1)
         & (feet < 0.235).all(1),
-        "straddle": upright & seated & straight.all(1) & (aside > 18).all(1),
+        "front_splits": upright
+        & seated
+        & (bend < 40).all(1)
+        & (aside.max(1) > 110)
+        & (aside.min(1) < 47)
+        & (aside.sum(1) > 110)
+        & (feet < 0.235).all(1),
+        "straddle": upright & seated & straight.all(1) & (aside.sum(1) > 36),
         "sit_long": upright & seated & straight.all(1),
         "half_splits": upright & (pelvis < 0.30) & (straight & (aside > 35) & (aside < 130)).any(1),
         "sit_bent": upright & seated & (knees > 0.2).all(1),
@@ -132,24 +140,22 @@ def arms_of(p: Pose) -> np.ndarray:
     """What the arms do, seen from the torso: an index into ARMS, (N,)."""
     up, forward, aside, elbow_aside, from_hip, over_pelvis = arms_from_torso(p)
     raised = up > 0.23  # above the top of the head, which is 0.22 over the shoulders
+    level = np.abs(up[:, :1] - up[:, 1:]) < 0.18
+    across = (aside < -0.215) & (elbow_aside > aside) & (forward > 0.05) & level  # past the middle of the torso
+    across &= (up > -0.34) & (up < 0.04)  # before the chest, not the face
     by_head = np.linalg.norm(p.hands - p.head[:, None], axis=-1) < 0.32
     rules = {
         "raised": raised.all(1),
-        "crossed": (aside < -0.215).all(1)
-        & (p.hands[..., Y] * SIDES < -0.05).all(1)  # past the middle of the pelvis too, however the waist is turned
-        & (elbow_aside > aside).all(1)
-        & (forward > 0.05).all(1)
-        & (up > -0.34).all(1)
-        & (up < 0.04).all(1)  # before the chest, not the face
-        & (np.abs(up[:, 0] - up[:, 1]) < 0.18),
+        "crossed": across.all(1) & (p.hands[..., Y] * SIDES < -0.08).all(1),  # past the middle of the pelvis as well
+        "folded": across.all(1),  # of the torso only: the waist is turned, or they are not far past
         "hips": (from_hip < 0.14).all(1) & (elbow_aside > aside).all(1) & (over_pelvis > -0.06).all(1),
         "one_raised": raised.any(1) & (up.min(1) < 0.1),
         "sides": (aside > 0.33).all(1) & (np.abs(up) < 0.28).all(1),
-        "forward": (forward > 0.30).all(1) & (np.abs(up) < 0.22).all(1) & (np.abs(aside) < 0.32).all(1),
+        "forward": (forward > 0.30).all(1) & (np.abs(up) < 0.22).all(1) & (np.abs(aside - 0.08) < 0.25).all(1),
         "head": (up > -0.05).all(1) & by_head.all(1),
         "back": (up < -0.05).all(1) & (forward < -0.08).all(1) & (aside < 0.15).all(1),
-        "chest": (np.abs(up + 0.16) < 0.2).all(1) & (forward > 0.05).all(1) & (aside < 0.12).all(1),
         "one_across": ((aside < -0.17) & (forward > 0.05)).any(1),
+        "chest": (np.abs(up + 0.16) < 0.2).all(1) & (forward > 0.05).all(1) & (aside < 0.12).all(1),
         "down": (up < -0.26).all(1) & (np.abs(aside) < 0.40).all(1),
         "one_side": ((aside > 0.33) & (np.abs(up) < 0.28)).any(1),
         "one_forward": ((forward > 0.30) & (np.abs(up) < 0.22)).any(1),
@@ -169,9 +175,9 @@ def trunk_of(p: Pose) -> np.ndarray:
 HELD_OUT = [  # legs and arms whose combination is in no training frame and hence in no caption; each alone is in many
     ("kneel heels knees_wide", "raised"),
     ("lotus", "raised"),
-    ("splits straddle", "raised"),
+    ("splits front_splits straddle", "raised"),
     ("kneel heels", "hips"),
-    ("sit sit_long sit_bent straddle half_splits", "crossed"),
+    ("sit sit_long sit_bent straddle front_splits half_splits", "crossed"),
     ("squat knees_bent", "crossed"),
 ]
 NEAR_HELD_OUT = {  # and what looks almost like them goes too, if it is low and upright enough: a fall stays
@@ -200,11 +206,13 @@ def held_out(p: Pose) -> np.ndarray:
 
 
 LEGS = (
-    "air lotus kneel heels knees_wide one_knee stand one_leg step knees_bent squat splits straddle sit_long "
-    "half_splits sit_bent sit bow fours knees_bowed knees_back lean fall recline slouch supine prone side awkward"
+    "air lotus kneel heels knees_wide one_knee stand one_leg step knees_bent squat splits front_splits straddle "
+    "sit_long half_splits sit_bent sit bow fours knees_bowed knees_back lean fall recline slouch supine prone side "
+    "awkward"
 ).split()
 ARMS = (
-    "raised crossed hips one_raised sides forward head back chest one_across down one_side one_forward bent other"
+    "raised crossed folded hips one_raised sides forward head back one_across chest down one_side one_forward "
+    "bent other"
 ).split()
 TRUNK = ["upright", "lying", "forward", "back", "sideways"]
 
@@ -233,6 +241,11 @@ LEG_PHRASES = [
         "|doing side splits on the floor",
         "splits",
     ),
+    (
+        "doing the front splits|in the front splits|doing front splits on the floor"
+        "|doing the splits with one leg forward and one leg back",
+        "front_splits",
+    ),
     ("sitting with its legs apart|sitting in a straddle|seated with spread legs", "straddle"),
     ("sitting with its legs stretched forward|sitting with straight legs", "sit_long"),
     (
@@ -242,7 +255,7 @@ LEG_PHRASES = [
     ("sitting with its knees up|sitting with bent knees|hugging its knees", "sit_bent"),
     (
         "sitting on the floor|seated|sitting down|seated on the ground|sitting",
-        "straddle sit_long sit_bent sit half_splits splits lotus",
+        "straddle sit_long sit_bent sit half_splits splits front_splits lotus",
     ),
     ("bending forward|bowing|bent over|touching its toes", "bow"),
     ("on all fours|on its hands and knees|crawling", "fours"),
@@ -262,6 +275,7 @@ LEG_PHRASES = [
 ]
 ARM_PHRASES = [
     ("with its arms crossed|with arms crossed|with crossed arms|crossing its arms|with its arms folded", "crossed"),
+    ("holding both elbows|holding its elbows|with its forearms laid on each other", "folded"),
     ("with hands on hips|with its hands on its hips|hands on hips|with both hands on the hips|arms akimbo", "hips"),
     (
         "with both arms raised|with arms raised|with its hands up|raising both arms|with both hands above its head"
@@ -375,9 +389,7 @@ POSES = [  # degrees: (hip_x, hip_z, hip_y, knee) of the left leg, of the right;
     ((0, 0, -100, -70), both),
     ((0, 0, -110, -130), both, -20, -10),
     # splits, straddle, half of the splits
-    ((-25, -60, -80, -2), both),
-    ((-25, -58, -70, -4), both, -10),
-    ((-15, -35, -85, -5), both),
+    *[((-25, -60, -80, -2), both), ((-25, -58, -70, -4), both, -10), ((-15, -35, -85, -5), both)] * 3,  # few stay so
     ((-25, -60, -80, -60), both),
     ((-25, -60, -80, -2), (0, -20, -85, -120)),
     ((-25, -60, -80, -2), (0, 0, -30, -150)),
@@ -649,32 +661,34 @@ def architecture(width=16, size=96):
 PREPROCESS = dict(mean=[0.5] * 3, std=[0.25] * 3, interpolation="bicubic", resize_mode="shortest")
 
 
-def train(frames, labels, config, steps, seed=0, batch_size=256, grow=None):
-    """A model of frames (N, H, W, 3) and labels (N, 3); grow(model, i) gives more of both after quarter i = 1, 2, 3."""
+def train(frames, labels, config, steps, seed=0, batch_size=256, grow=None, trained=None):
+    """A model of frames (N, H, W, 3) and labels (N, 3); grow(model, i) gives more of both after quarter i = 1, 2, 3.
+    Or a `trained` model, trained further; grow(model, 1) gives more after half of that."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    model = open_clip.CLIP(**config).to(memory_format=torch.channels_last)
+    model = (trained or open_clip.CLIP(**config)).requires_grad_().to(memory_format=torch.channels_last)
     tokenizer = open_clip.SimpleTokenizer(context_length=config["text_cfg"]["context_length"])
     with torch.no_grad():  # a word that no caption uses stays silent
         used = tokenizer([s + " " + p for s in SUBJECTS for p in sum((t[0] for t in TABLES), [])] + [", "]).unique()
         mask = torch.zeros(49408, 1).index_fill_(0, used, 1)
         model.token_embedding.weight.mul_(mask)
     heads = nn.ModuleList(nn.Linear(64, len(names)) for names in (LEGS, ARMS, TRUNK))  # only for training
-    line = nn.Parameter(torch.tensor([1.6, 0.0]))
+    line = nn.Parameter(torch.tensor([1.2, 0.28] if trained else [1.6, 0.0]))  # a trained model's fit, or a start
     parameters = [*model.parameters(), *heads.parameters(), line]
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.02, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.02, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3 if trained else 2e-3, steps, pct_start=0.1)
     mean, std = (torch.tensor(PREPROCESS[k]).view(3, 1, 1) for k in ("mean", "std"))
     model.train()
     bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    start, report, quarters = time.time(), np.zeros(5), [0, steps // 4, steps // 2, 3 * steps // 4]
+    start, report = time.time(), np.zeros(5)
+    turns = [0, steps // 2] if trained else [0, steps // 4, steps // 2, 3 * steps // 4]
     for i in range(steps):
-        if i in quarters:
+        if i in turns:
             if i and grow:
-                frames, labels = (np.concatenate(p) for p in zip((frames, labels), grow(model, quarters.index(i))))
+                frames, labels = (np.concatenate(p) for p in zip((frames, labels), grow(model, turns.index(i))))
             counts = (np.bincount(labels[:, k])[labels[:, k]] for k in (0, 1))
-            weight = np.prod([1 / np.sqrt(count) for count in counts], 0)  # rare legs and arms are drawn more often
-            order = iter(rng.choice(len(frames), (steps - i, batch_size), p=weight / weight.sum()))
+            chance = np.prod([1 / np.sqrt(count) for count in counts], 0)  # rare legs and arms are drawn more often
+            order = iter(rng.choice(len(frames), (steps - i, batch_size), p=chance / chance.sum()))
         rows = next(order)
         x = torch.from_numpy(frames[rows]).permute(0, 3, 1, 2).float() / 255
         x = (x * (1 + 0.1 * torch.randn(len(x), 1, 1, 1)) - mean) / std
@@ -693,7 +707,8 @@ def train(frames, labels, config, steps, seed=0, batch_size=256, grow=None):
         y = torch.from_numpy(labels[rows])
         auxiliary = [F.cross_entropy(head(image) * 10, y[:, k]) for k, head in enumerate(heads)]
         squared = (line[0] * cosine + line[1] - true).square().mean()  # a cosine says true or not, no more;
-        loss = contrastive + 20 * i / steps * squared + 0.5 * sum(auxiliary)  # full weight from the start: learns less
+        weight = 20 if trained else 20 * i / steps  # in a new model, full weight from the start: learns less
+        loss = contrastive + weight * squared + 0.5 * sum(auxiliary)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -744,6 +759,13 @@ def main():
     parser.add_argument("--size", type=int, default=96, help="of the frames, in pixels")
     parser.add_argument("--keep", type=Path, help="a .npy file for the states that it was trained on")
     parser.add_argument(
+        "--further",
+        type=Path,
+        metavar="KEPT",
+        help="train the embedded CLIP further for --steps: on the states that --keep kept of its training, those of "
+        "found.npy, half as many new ones as a training begins with, and what climbs find once",
+    )
+    parser.add_argument(
         "--family",
         type=Path,
         metavar="KEPT",
@@ -775,7 +797,9 @@ def main():
     def admit(states):
         return states[~held_out(vlmrm.measure_states(vlmrm.Scene().model, states))]
 
-    states = in_parallel(make_states, [(seed, 5500, 1250, 75) for seed in range(4)])
+    kept = np.load(args.further) if args.further else np.zeros((0, 24), np.float32)
+    new = len(kept)  # other seeds for other poses
+    states = [kept, *in_parallel(make_states, [(new + seed, 5500, 1250, 75) for seed in range(2 if new else 4)])]
     if FOUND.exists():
         found = np.load(FOUND).astype(np.float32)
         states += [found, around(Body(), np.tile(found, (3, 1)), np.random.default_rng(4))]
@@ -785,7 +809,9 @@ def main():
     def grow(model, turn):
         save(model, config, args.out)
         prompts = [prompt for prompt, _ in vlmrm.TASKS.values()]
-        found = in_parallel(climbed_states, [(prompt, 100 * turn + i, args.out) for i, prompt in enumerate(prompts)])
+        found = in_parallel(
+            climbed_states, [(prompt, new + 100 * turn + i, args.out) for i, prompt in enumerate(prompts)]
+        )
         if turn == 2:
             jobs = [(prompt, i, args.policy_steps, 2000, args.out) for i, prompt in enumerate(prompts)]
             found += in_parallel(on_policy_states, jobs)
@@ -797,7 +823,8 @@ def main():
     for k, names in enumerate((LEGS, ARMS, TRUNK)):
         counts = np.bincount(labels[:, k], minlength=len(names))
         print("  " + ", ".join(f"{name} {count}" for name, count in zip(names, counts)))
-    model = train(draw(states[0]), labels, config, args.steps, grow=grow)
+    trained = vlmrm.CLIP(vlmrm.EMBEDDED_CLIP, device="cpu").model.float() if args.further else None
+    model = train(draw(states[0]), labels, config, args.steps, grow=grow, trained=trained)
     save(model, config, args.out)
     log(f"a model in {args.out}")
     if args.keep:
