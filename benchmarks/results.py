@@ -29,7 +29,19 @@ PAPER = dict(zip(vlmrm.TASKS, (1, 1, 1, 1, 1, 0.64, 0, 0)))  # Table 1: ViT-bigG
 SETTINGS = ("model", "alpha", "pink", "gamma", "azimuth", "steps")  # what is averaged over seeds has these in common
 COLUMNS = "task model alpha pink gamma azimuth seed steps episodes success success_held reward".split()
 COLUMNS += "reward_at_the_end reward_of_goal_poses success_zero success_random success_untrained seconds".split()
+
+
+def crossed_by_chest(p: vlmrm.Pose) -> dict:
+    """`vlmrm.crossed`, but past the middle of the chest, however the waist turns that against the pelvis. It judges no
+    policy: it was written after one had been seen to cross its arms so."""
+    leftward = np.cross(p.up, p.facing)[..., None, :]  # (..., 1, 3) the chest's
+    middle = p.shoulders.mean(-2, keepdims=True)
+    hand, elbow = (((points - middle) * leftward).sum(-1) * vlmrm.SIDES for points in (p.hands, p.elbows))  # outward
+    return vlmrm.crossed(p) | {"forearms crossed": ((hand < -0.04) & (elbow > hand)).all(-1)}
+
+
 PARTS = vlmrm.kneeling, vlmrm.lotus, vlmrm.standing, vlmrm.splits, vlmrm.raised, vlmrm.on_hips, vlmrm.crossed
+PARTS += (crossed_by_chest,)
 
 
 def name_of(row: dict) -> str:
@@ -140,12 +152,12 @@ def print_parts(run: Path):
         return agent.best_action(obs)
 
     reward = sac.rollout(envs, act, 100, reward_fn, seed=2 * 10**9)[2]  # the first episodes of the judgement
-    print(f"{run.name:32} reward   ", *(f"{span.mean():5.2f}" for span in np.split(reward, 5)))
+    print(f"{run.name:32} reward          ", *(f"{span.mean():5.2f}" for span in np.split(reward, 5)))
     pose = vlmrm.measure_states(vlmrm.Scene().model, np.concatenate(states))  # of 100 x 16 states
     for condition in PARTS:
         spans = np.split(vlmrm.holds(condition, pose), 5)
         if np.any(spans):
-            print(f"{run.name:32} {condition.__name__:9}", *(f"{span.mean():5.0%}" for span in spans))
+            print(f"{run.name:32} {condition.__name__:16}", *(f"{span.mean():5.0%}" for span in spans))
 
 
 def main():
