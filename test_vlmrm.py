@@ -1748,7 +1748,7 @@ def test_captions_are_true_of_their_own_frame_and_the_bare_baseline_of_all(make)
         (STAND | CROSSED, "stand crossed upright"),
         (SPLITS, "splits any upright"),
         (FRONT_SPLITS, "front_splits any any"),
-        (STAND | CROSSED | dict(abdomen_z=30), "stand folded any"),  # crossed as the torso is, not the pelvis
+        (STAND | CROSSED | dict(abdomen_z=30), "stand half_crossed any"),  # crossed as the torso is, not the pelvis
         (ONE_LEG | ON_HIPS, "one_leg hips upright"),
         (KNEEL | DOWN, "kneel down upright"),
         (SQUAT, "squat any any"),

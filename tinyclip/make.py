@@ -147,7 +147,7 @@ def arms_of(p: Pose) -> np.ndarray:
     rules = {
         "raised": raised.all(1),
         "crossed": across.all(1) & (p.hands[..., Y] * SIDES < -0.08).all(1),  # past the middle of the pelvis as well
-        "folded": across.all(1),  # of the torso only: the waist is turned, or they are not far past
+        "half_crossed": across.all(1),  # of the torso only: the waist is turned, or they are not far past
         "hips": (from_hip < 0.14).all(1) & (elbow_aside > aside).all(1) & (over_pelvis > -0.06).all(1),
         "one_raised": raised.any(1) & (up.min(1) < 0.1),
         "sides": (aside > 0.33).all(1) & (np.abs(up) < 0.28).all(1),
@@ -211,7 +211,7 @@ LEGS = (
     "awkward"
 ).split()
 ARMS = (
-    "raised crossed folded hips one_raised sides forward head back one_across chest down one_side one_forward "
+    "raised crossed half_crossed hips one_raised sides forward head back one_across chest down one_side one_forward "
     "bent other"
 ).split()
 TRUNK = ["upright", "lying", "forward", "back", "sideways"]
@@ -275,7 +275,7 @@ LEG_PHRASES = [
 ]
 ARM_PHRASES = [
     ("with its arms crossed|with arms crossed|with crossed arms|crossing its arms|with its arms folded", "crossed"),
-    ("holding both elbows|holding its elbows|with its forearms laid on each other", "folded"),
+    ("holding both elbows|holding its elbows|with its forearms laid on each other", "half_crossed"),
     ("with hands on hips|with its hands on its hips|hands on hips|with both hands on the hips|arms akimbo", "hips"),
     (
         "with both arms raised|with arms raised|with its hands up|raising both arms|with both hands above its head"
