@@ -1,13 +1,13 @@
 """Soft Actor-Critic that learns from a function of frames: Algorithm 1 of the VLM-RM paper, in plain PyTorch.
 
 The loop knows nothing of CLIP. Many environments step together for a round, an episode of each, and keep what they saw;
-then all those frames are labelled in one batch by `reward_fn(frames) -> rewards`, which is what makes a big vision
+then all those frames are labelled in one call of `reward_fn(frames) -> rewards`, which is what makes a big vision
 model affordable; then SAC updates its networks from a replay buffer of labelled transitions. For Gymnasium vector
 environments that draw frames and leave the reset to their caller:
 
     agent = SAC(envs.single_observation_space, envs.single_action_space, Config(steps=100_000))
-    for row in train(agent, envs, eval_envs, reward_fn):  # one row of numbers a round
-        print(row)                                        # at the end, the agent is its best checkpoint
+    for row in train(agent, envs, eval_envs, reward_fn):  # a dict of what was measured, after each round
+        print(row["steps"], row["reward"])                # at the end, the agent is its best checkpoint
 
 SAC (Haarnoja et al. 2018, "Soft Actor-Critic Algorithms and Applications", arXiv:1812.05905) in short: a critic Q(s, a)
 estimates the discounted sum of future rewards, plus a temperature times the entropy of the policy, so that trying
@@ -40,7 +40,7 @@ def setting(default: float, meaning: str):
 
 @dataclass
 class Config:
-    """Hyperparameters, chosen for minutes on a laptop. [In brackets: the paper's, for days on 4 GPUs, if different.]
+    """Hyperparameters, chosen for minutes on two CPU cores. [In brackets: the paper's, for 4 GPUs, if different.]
 
     Also not in the paper's SAC: standardised observations, layer norm in the critics, the averaged actor, the choice
     of the checkpoint by deterministic episodes rather than by training reward; and pink noise, if asked for.
@@ -64,12 +64,14 @@ class Config:
     seed: int = setting(0, "of everything random")
 
     def __post_init__(self):
-        # episode seeds that never meet in a run: training 10^10 (seed + 1), evaluations 10^9 + seed, vlmrm.py 2 10^9
+        # Episodes' seeds never meet: training has 10**10 * (seed + 1) and more, evaluations 10**9 + seed and more, the
+        # judgements and videos of vlmrm.py 2 * 10**9 and more
         most = dict(pink=1, gamma=1, tau=1, actor_tau=1, seed=10**8)
         for option in fields(self):
             name, value = option.name, getattr(self, option.name)
-            enough, least = (value >= 0, "at least 0") if name in ("pink", "seed") else (value > 0, "above 0")
-            if not (math.isfinite(value) and enough and value <= most.get(name, value)):
+            may_be_0 = name in ("pink", "seed")
+            if not (math.isfinite(value) and (value > 0 or may_be_0 and value == 0) and value <= most.get(name, value)):
+                least = "at least 0" if may_be_0 else "above 0"
                 limit = f" and at most {most[name]}" if name in most else ""
                 raise ValueError(f"{name} is {value}; it has to be finite, {least}{limit}")
             if option.type is int and value != int(value):
@@ -184,7 +186,7 @@ class SAC(nn.Module):
         self.config, self.device = config, device
         self.norm = RunningNorm(obs_size)
         self.actor = Actor(obs_size, act_size, config.hidden)
-        self.mean_actor = copy.deepcopy(self.actor).requires_grad_(False)  # over recent updates: single ones swing
+        self.mean_actor = copy.deepcopy(self.actor).requires_grad_(False)  # an average, for updates swing
         self.critic = TwinCritic(obs_size, act_size, config.hidden)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(config.init_temperature)))
@@ -206,7 +208,10 @@ class SAC(nn.Module):
         return self.mean_actor(self.norm(obs), noise=0)[0].cpu().numpy()
 
     def critic_loss(self, obs: Tensor, action: Tensor, reward: Tensor, next_obs: Tensor, terminated: Tensor) -> Tensor:
-        """Mean squared soft Bellman error. Only `terminated` cuts the future off: a truncated episode would go on."""
+        """Mean squared soft Bellman error, of normalised observations.
+
+        Only `terminated` cuts the future off: a truncated episode would go on.
+        """
         with torch.no_grad():
             next_action, next_log_prob = self.actor(next_obs)
             next_q = self.target(next_obs, next_action).min(0).values  # (B,) the more cautious of two
@@ -215,7 +220,7 @@ class SAC(nn.Module):
         return (self.critic(obs, action) - target).square().mean(1).sum()  # mean over the batch, sum over critics
 
     def actor_loss(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """E[temperature log pi(a|s) - min Q(s, a)], and the log_prob (B,) that the temperature needs."""
+        """E[temperature log pi(a|s) - min Q(s, a)], normalised s, and the log_prob (B,) that the temperature needs."""
         action, log_prob = self.actor(obs)
         q = self.critic(obs, action).min(0).values
         return (self.log_temperature.exp().detach() * log_prob - q).mean(), log_prob.detach()
@@ -231,7 +236,7 @@ class SAC(nn.Module):
         critic_loss = self.critic_loss(obs, action, reward, next_obs, terminated)
         descend(critic_optimizer, critic_loss)
         actor_loss, log_prob = self.actor_loss(obs)
-        descend(actor_optimizer, actor_loss + self.temperature_loss(log_prob))  # neither has gradients of the other's
+        descend(actor_optimizer, actor_loss + self.temperature_loss(log_prob))  # no parameter is in both
         with torch.no_grad():
             for slow, fast, tau in (
                 (self.target, self.critic, self.config.tau),
@@ -294,7 +299,7 @@ def pink_noise(rng: np.random.Generator, shape: tuple[int, int, int]) -> np.ndar
 
 
 def rollout(envs: VectorEnv, act: Callable, steps: int, reward_fn: Callable | None, seed: int) -> list[np.ndarray]:
-    """`steps` steps of every environment, from fresh episodes (seeds seed, seed + 1, ...), labelled in one batch.
+    """`steps` steps of every environment, from fresh episodes (seeds seed, seed + 1, ...), labelled in one call.
 
     act: observations (N, O) -> actions (N, A) in [-1, 1], which are stretched to the environments' own range. Returns
     the columns obs, action, reward, next_obs, terminated, success, each (steps, N, ...). success is info["success"],
@@ -334,8 +339,12 @@ def evaluate(
     return np.array(rewards[:episodes]), np.array(successes[:episodes])
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Interrupted runs: what train(folder=...) leaves on the disk. To understand Algorithm 1, go on to train.
+
+
 @contextlib.contextmanager
-def whole(path: Path, mode: str = "wb") -> Iterator[io.BytesIO | io.StringIO]:
+def atomic_open(path: Path, mode: str = "wb") -> Iterator[io.BytesIO | io.StringIO]:
     """A file to write, which takes its name only when it is complete and on the disk: there is never half a file."""
     buffer = io.BytesIO() if "b" in mode else io.StringIO(newline="")
     yield buffer
@@ -376,6 +385,10 @@ def restore(agent: SAC, buffer: ReplayBuffer, folder: Path, settings: dict, reme
     return saved
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Algorithm 1: the training loop
+
+
 def train(
     agent: SAC, envs: VectorEnv, eval_envs: VectorEnv, reward_fn: Callable | None, folder: Path | None = None
 ) -> Iterator[dict]:
@@ -405,7 +418,7 @@ def train(
     buffer = ReplayBuffer(min(config.buffer_size, config.steps + round_size) // world, obs_size, act_size)
     steps, best_reward, best, next_eval = 0, -math.inf, None, config.learning_starts
     settings = vars(config) | dict(processes=world, round_size=round_size)
-    # Steps count those of all processes, the buffer's rows those of one. Rounds of so many steps fill it again:
+    # the last so many steps of a run, a whole number of rounds, fill every process' buffer again
     remembered = -(-buffer.size * world // round_size) * round_size
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -455,13 +468,13 @@ def train(
             if row["eval_reward"] > best_reward:
                 best_reward, best, row["best"] = row["eval_reward"], copy.deepcopy(agent.state_dict()), True
         if folder is not None:
-            with whole(round_file(folder, start)) as file:
+            with atomic_open(round_file(folder, start)) as file:
                 np.save(file, rows)
         yield row  # what the caller writes is on the disk before the state that goes with it
         if folder is not None and world > 1:
             dist.barrier()  # so are the rounds of all processes
         if folder is not None and rank == 0:
-            with whole(folder / "state.pt") as file:
+            with atomic_open(folder / "state.pt") as file:
                 state = dict(settings=settings, steps=steps, next_eval=next_eval, best=best, best_reward=best_reward)
                 optimizers = [optimizer.state_dict() for optimizer in agent.optimizers]
                 torch.save(state | dict(agent=agent.state_dict(), optimizers=optimizers), file)

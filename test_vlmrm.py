@@ -750,7 +750,7 @@ def train_in(folder, checkpoint=None, stop=None, steps=1_600, **settings):
         vlmrm.write_csv(folder / "metrics.csv", columns, rows)
         if count == stop:
             return
-    with sac.whole(folder / "policy.pt") as file:
+    with sac.atomic_open(folder / "policy.pt") as file:
         torch.save(agent.state_dict(), file)
 
 
@@ -860,9 +860,9 @@ def test_a_look_or_a_state_that_does_not_exist_is_refused():
 
 
 def test_a_full_disk_leaves_what_was_there_before(tmp_path):
-    with sac.whole(tmp_path / "file", "w") as file:
+    with sac.atomic_open(tmp_path / "file", "w") as file:
         file.write("before")
-    with pytest.raises(OSError), sac.whole(tmp_path / "file") as file:
+    with pytest.raises(OSError), sac.atomic_open(tmp_path / "file") as file:
         file.write(b"half")
         raise OSError("No space left on device")
     assert (tmp_path / "file").read_text() == "before"

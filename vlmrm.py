@@ -49,7 +49,9 @@ try:
     import mujoco
 except Exception as error:  # MuJoCo loads the graphics library at once
     message = f"{CANNOT_DRAW} ({error})"
-    raise SystemExit(f"error: {message}") if __name__ == "__main__" else ImportError(message) from error
+    if __name__ == "__main__":
+        raise SystemExit(f"error: {message}") from error
+    raise ImportError(message) from error
 import gymnasium
 import numpy as np
 from gymnasium.envs.mujoco.humanoid_v5 import HumanoidEnv
@@ -64,19 +66,8 @@ import sac
 # 1. The reward. Pure functions of embeddings, torch alone. `state` is the embedding of the state's picture.
 
 
-def check_embeddings(state: Tensor, *sentences: Tensor):
-    """Raises ValueError unless they are (B, D) and (D,) each, floats of one type, and have a direction."""
-    every = state, *sentences
-    kinds = ", ".join(f"{getattr(x, 'dtype', type(x).__name__)} {tuple(getattr(x, 'shape', ()))}" for x in every)
-    alike = all(isinstance(x, Tensor) and x.is_floating_point() and x.dtype == state.dtype for x in every)
-    if not alike or state.ndim != 2 or any(x.shape != state.shape[1:] for x in sentences):
-        raise ValueError(f"embeddings are {kinds}; they have to be float tensors of one type, (B, D) and (D,)")
-    if not all(((norm := x.norm(dim=-1)).isfinite() & (norm > 1e-12)).all() for x in every):
-        raise ValueError(f"embeddings ({kinds}) are NaN, infinite or zero: fp16 may have overflowed, try fp32")
-
-
 def clip_reward(state: Tensor, goal: Tensor) -> Tensor:
-    """Equation (2): the cosine between an image's embedding and the task description's.
+    """Equation (2): the cosine between an image's embedding and the task description's. Equation (3) at alpha 0.
 
     state (B, D), goal (D,), of any norm -> (B,) in [-1, 1]. Raises ValueError for other shapes, types, or NaN.
     """
@@ -107,6 +98,17 @@ def goal_baseline_reward(state: Tensor, goal: Tensor, baseline: Tensor, alpha: f
         raise ValueError("goal and baseline are the same: no line to project on. Change a prompt, or use alpha 0")
     proj = b + ((s - b) @ line / line.square().sum()).unsqueeze(-1) * line  # (B, D) proj_L s
     return 1 - 0.5 * (alpha * proj + (1 - alpha) * s - g).square().sum(-1)  # (B,)
+
+
+def check_embeddings(state: Tensor, *sentences: Tensor):
+    """Raises ValueError unless they are (B, D) and (D,) each, floats of one type, and have a direction."""
+    every = state, *sentences
+    kinds = ", ".join(f"{getattr(x, 'dtype', type(x).__name__)} {tuple(getattr(x, 'shape', ()))}" for x in every)
+    alike = all(isinstance(x, Tensor) and x.is_floating_point() and x.dtype == state.dtype for x in every)
+    if not alike or state.ndim != 2 or any(x.shape != state.shape[1:] for x in sentences):
+        raise ValueError(f"embeddings are {kinds}; they have to be float tensors of one type, (B, D) and (D,)")
+    if not all(((norm := x.norm(dim=-1)).isfinite() & (norm > 1e-12)).all() for x in every):
+        raise ValueError(f"embeddings ({kinds}) are NaN, infinite or zero: fp16 may have overflowed, try fp32")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -161,7 +163,8 @@ class CLIP:
             # open_clip's half precision keeps fp32 layers in a CoCa and a Hugging Face text tower: take "pure"
             config = open_clip.get_model_config(name) or {}
             left_out = "multimodal_cfg" in config or "hf_model_name" in config.get("text_cfg", {})
-            precision = "pure_" * (left_out and precision != "fp32") + precision
+            if left_out and precision != "fp32":
+                precision = "pure_" + precision
             settings = dict(precision=precision, device=device, force_quick_gelu=quick, require_pretrained=True)
             self.model = open_clip.create_model(name, tag, **settings)
             self.tokenizer = open_clip.get_tokenizer(name)
@@ -186,8 +189,8 @@ class CLIP:
         (H, W), (h, w) = x.shape[-2:], self.size
         if (H, W) != (h, w):  # open_clip's transform for single Pillow images, to one grey level
             scale = {"shortest": max(h / H, w / W), "longest": min(h / H, w / W), "squash": None}[self.resize_mode]
-            whole = int if self.resize_mode == "shortest" and h == w else round
-            new = (h, w) if scale is None else (whole(H * scale + 1e-9), whole(W * scale + 1e-9))
+            to_int = int if self.resize_mode == "shortest" and h == w else round
+            new = (h, w) if scale is None else (to_int(H * scale + 1e-9), to_int(W * scale + 1e-9))
             for size in (H, new[1]), new:  # along x, then along y, each to whole grey levels
                 x = F.interpolate(x, size, mode=self.interpolation, antialias=True).round().clamp(0, 255)
             top, left = (round((n - m) / 2) if n > m else -((m - n) // 2) for n, m in zip(new, (h, w)))  # crop, or pad
@@ -197,10 +200,9 @@ class CLIP:
     @torch.inference_mode()
     def embed_images(self, frames: np.ndarray | Tensor, batch_size: int = 64) -> Tensor:
         """uint8 frames (B, H, W, 3) -> unit vectors (B, D), fp32."""
-        kind = f"{getattr(frames, 'dtype', type(frames).__name__)} {tuple(getattr(frames, 'shape', ()))}"
-        bytes_given = kind.removeprefix("torch.").startswith("uint8")
-        if not bytes_given or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
-            raise ValueError(f"frames are {kind}; they have to be an array, uint8 (B, H, W, 3), and not empty")
+        dtype, shape = getattr(frames, "dtype", type(frames).__name__), tuple(getattr(frames, "shape", ()))
+        if str(dtype) not in ("uint8", "torch.uint8") or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
+            raise ValueError(f"frames are {dtype} {shape}; they have to be an array, uint8 (B, H, W, 3), and not empty")
         batches = (frames[i : i + batch_size] for i in range(0, len(frames), batch_size))
         return F.normalize(torch.cat([self.model.encode_image(self.preprocess(x)) for x in batches]).float(), dim=-1)
 
@@ -436,7 +438,7 @@ def lowest_point(model: mujoco.MjModel, data: mujoco.MjData) -> float:
 
 
 X, Y, Z = 0, 1, 2  # standing, the pelvis is 0.87 m high, the head 1.48 m; radii: head 0.09, foot 0.075, knee 0.05 m
-SIDES = np.array([1, -1])  # turns leftward metres of a (left, right) pair into outward metres
+SIDES = np.array([1, -1])  # y * SIDES: how far outwards, for a (left, right) pair
 
 
 # A condition is a function from a Pose to a dict of named parts, which all have to hold. What meets all but one is a
@@ -529,7 +531,7 @@ def crossed(p: Pose) -> dict:
 
 
 def both(body: Condition, arms: Condition) -> Condition:
-    """The one and the other. The body's counts as one part, however many of its own do not hold."""
+    """The one and the other. For near misses, the body's whole condition is one part."""
     return lambda p: {body.__name__: holds(body, p)} | arms(p)
 
 
@@ -568,7 +570,7 @@ class Humanoid(HumanoidEnv):
 
     def do_simulation(self, ctrl: np.ndarray, n_frames: int):
         super().do_simulation(ctrl, n_frames)
-        mujoco.mj_kinematics(self.model, self.data)  # else Gymnasium reads bodies from a physics step before qpos
+        mujoco.mj_kinematics(self.model, self.data)  # else Gymnasium's bodies lag a physics step behind qpos
 
     def step(self, action: np.ndarray) -> tuple:
         observation, reward, terminated, truncated, _ = super().step(action)
@@ -634,7 +636,7 @@ def epic_distance(reward_a: np.ndarray, reward_b: np.ndarray, gamma: float = 0.9
         raise ValueError("the rewards are empty, NaN or infinite: their correlation is undefined")
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma is {gamma}; it has to be in [0, 1]")
-    a, b = (x / (np.abs(x).max() or 1) for x in (a, b))
+    a, b = (x / (np.abs(x).max() or 1) for x in (a, b))  # changes nothing but what overflows, or counts as constant
     if a.ndim == 3:
         a, b = canonically_shaped(a, gamma), canonically_shaped(b, gamma)
     a, b = a - a.mean(), b - b.mean()
@@ -710,7 +712,7 @@ def short(model: str) -> str:
 
 
 def write_csv(path: Path, columns: Iterable[str], rows: list[dict]):
-    with sac.whole(path, "w") as file:
+    with sac.atomic_open(path, "w") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows({k: v if isinstance(v, str) else f"{v:.8g}" for k, v in row.items()} for row in rows)
@@ -898,21 +900,21 @@ def plot_epic(out: Path, rows: list[dict], middle: float):
 
 def plot_curve(rows: list[dict], prompt: str, goal_reward: float | None, path: Path):
     """CLIP reward beside the independent success rate: where only the first rises, the policy hacks the reward."""
-    judged = [row for row in rows if "eval_reward" in row]
+    evaluated = [row for row in rows if "eval_reward" in row]
     figure, (left,) = panels(1, f'"{prompt}"', xlabel="environment steps", ylabel="mean CLIP reward of a step")
     right = left.twinx()
     right.set(ylabel="success rate, judged from the simulator", ylim=(-0.02, 1.02))
     for axis, key, style, some, label in (
         (left, "reward", "#b3d1e7", rows, "CLIP reward while exploring"),
-        (left, "eval_reward", "C0o-", judged, "CLIP reward of the deterministic policy"),
-        (right, "eval_success", "C1o-", judged, "success (half of the steps)"),
-        (right, "eval_success_held", "C1:", judged, "success (held through the last 20)"),
+        (left, "eval_reward", "C0o-", evaluated, "CLIP reward of the deterministic policy"),
+        (right, "eval_success", "C1o-", evaluated, "success (half of the steps)"),
+        (right, "eval_success_held", "C1:", evaluated, "success (held through the last 20)"),
     ):
         axis.plot([row["steps"] for row in some], [row[key] for row in some], style, ms=3, label=label)
     if goal_reward is not None:
         left.axhline(goal_reward, color="C0", ls=":", label="CLIP reward of a goal pose at every step")
     figure.legend(loc="outside lower center", ncols=2, fontsize="small")
-    with sac.whole(path) as file:
+    with sac.atomic_open(path) as file:
         figure.savefig(file, dpi=120)
 
 
@@ -929,7 +931,7 @@ def record_video(
             if i % 3 == 0:
                 frames.append(Image.fromarray(np.concatenate([view.render(env.data) for view in views], 1)))
             obs = env.step(env.action_space.high * act(obs[None])[0])[0]
-    with sac.whole(path) as file:  # 3 steps of 15 ms are shown for 90 ms
+    with sac.atomic_open(path) as file:  # 3 steps of 15 ms are shown for 90 ms
         frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=90, loop=0)
 
 
@@ -991,8 +993,8 @@ def train(args: argparse.Namespace):
             device = f"cuda:{local % gpus}"
             torch.cuda.set_device(device)
         torch.distributed.init_process_group("nccl" if device != "cpu" and here <= gpus else "gloo")  # a GPU for each
-    known = {(): "kneeling"} | {(prompt,): task for task, (prompt, _) in JUDGED.items()}
-    task = args.task or known.get(tuple(args.prompt))
+    known = {(prompt,): task for task, (prompt, _) in JUDGED.items()}
+    task = args.task or (known.get(tuple(args.prompt)) if args.prompt else "kneeling")  # None: no one judges it
     prompt, condition = args.prompt or [JUDGED[task][0]], JUDGED[task][1] if task else None
     baseline = args.baseline or [BASELINE_PROMPT]
     name = task or "-".join("".join(c if c.isalnum() else " " for c in prompt[0].lower()).split())[:60] or "prompt"
@@ -1028,7 +1030,7 @@ def train(args: argparse.Namespace):
         folder.mkdir(parents=True)  # fails if the same command was started twice
         settings = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
         settings |= dict(prompt=prompt, baseline=baseline, task=task, out=str(out))
-        with sac.whole(out / "config.json", "w") as file:
+        with sac.atomic_open(out / "config.json", "w") as file:
             file.write(json.dumps(settings, indent=1) + "\n")
         write_csv(metrics, COLUMNS, [])
     if world > 1:
@@ -1061,10 +1063,10 @@ def train(args: argparse.Namespace):
             if rank == 0:
                 write_csv(metrics, COLUMNS, rows)
                 if best:
-                    with sac.whole(out / "policy.pt") as file:
+                    with sac.atomic_open(out / "policy.pt") as file:
                         torch.save(agent.state_dict(), file)
-            judged = f", success {row['success']:.0%}" if condition else ""
-            bar.set_postfix_str(f"CLIP reward {row['reward']:.3f}{judged}")
+            succeeded = f", success {row['success']:.0%}" if condition else ""
+            bar.set_postfix_str(f"CLIP reward {row['reward']:.3f}{succeeded}")
             bar.update(row["steps"] - bar.n)
 
     rewards, success = judge(agent.best_action, reward_fn)
@@ -1073,7 +1075,7 @@ def train(args: argparse.Namespace):
         torch.distributed.destroy_process_group()
     if rank > 0:
         return
-    with sac.whole(out / "policy.pt") as file:  # again, for a GPU may resume a round to other last bits
+    with sac.atomic_open(out / "policy.pt") as file:  # again, for a GPU may resume a round to other last bits
         torch.save(agent.state_dict(), file)
     goal_reward = float(reward_fn(render_states(scene, goal_states(task))).mean()) if condition else None
     plot_curve(rows, prompt[0], goal_reward, out / "curve.png")
@@ -1083,13 +1085,13 @@ def train(args: argparse.Namespace):
     result |= dict(episodes=args.episodes, success=half, success_held=held, reward=float(rewards.mean()))
     result |= dict(reward_at_the_end=float(rewards[:, -20:].mean()), reward_of_goal_poses=goal_reward)
     result |= dict(references=references, seconds=None if args.resume else round(time.time() - start, 1))
-    with sac.whole(out / "result.json", "w") as file:
+    with sac.atomic_open(out / "result.json", "w") as file:
         file.write(json.dumps(result, indent=1) + "\n")
     shutil.rmtree(folder)
-    judged = f"Success {half:.0%}, held to the end {held:.0%}" if condition else "No success condition for this prompt"
-    took = f"{(time.time() - start) / 60:.1f} minutes{' since it was resumed' * bool(args.resume)}"
-    judged += f"; CLIP reward {rewards.mean():.3f}; {args.episodes} episodes after {steps:,} steps and {took}"
-    print(f"{judged}. Watch {out}/video.gif and see {out}/curve.png")
+    found = f"Success {half:.0%}, held to the end {held:.0%}" if condition else "No success condition for this prompt"
+    took = f"{(time.time() - start) / 60:.1f} minutes" + (" since it was resumed" if args.resume else "")
+    found += f"; CLIP reward {rewards.mean():.3f}; {args.episodes} episodes after {steps:,} steps and {took}"
+    print(f"{found}. Watch {out}/video.gif and see {out}/curve.png")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -1105,10 +1107,8 @@ def parser() -> argparse.ArgumentParser:
         group.add_argument(name, help=meaning, **settings)
 
     def add_clip(group, **several):  # what both commands ask of a CLIP
-        meaning = (
-            "NAME/TAG from open_clip's list, hf-hub:REPO or local-dir:PATH. Left out: tinyclip, embedded here, trained "
-        )
-        meaning += "on pictures of this robot, a stand-in and not a zero-shot model"
+        meaning = "NAME/TAG from open_clip's list, hf-hub:REPO or local-dir:PATH. Left out: tinyclip, embedded here, "
+        meaning += "trained on pictures of this robot, a stand-in and not a zero-shot model"
         add(group, "--model", meaning, default=[EMBEDDED_CLIP] if several else EMBEDDED_CLIP, **several)
         precisions = dict(choices=PRECISIONS, default="fp32")
         add(group, "--precision", "of CLIP's weights. Left out: fp32", **precisions)
@@ -1118,8 +1118,8 @@ def parser() -> argparse.ArgumentParser:
 
     epilog = "Without a command: train kneeling with the embedded CLIP. Each command has its own --help."
     about = "One sentence in, a trained humanoid out."
-    main = argparse.ArgumentParser(prog="vlmrm.py", description=about, epilog=epilog)
-    commands = main.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    top = argparse.ArgumentParser(prog="vlmrm.py", description=about, epilog=epilog)
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     usage = "vlmrm.py train [PROMPT ...] [OPTIONS]"
     command = add_command("train", train, "train a policy on a sentence", usage=usage)
@@ -1155,7 +1155,7 @@ def parser() -> argparse.ArgumentParser:
     add_clip(command, nargs="+")
     add(command, "--out", "folder of the figures; left out: runs/evaluate", type=Path)
     add(command, "--overwrite", "replace an evaluation that is already there", action="store_true")
-    return main
+    return top
 
 
 def main(argv: list[str] | None = None):
