@@ -1818,3 +1818,7 @@ def test_climb_script_prints_where_climbers_arrive_and_draws_the_misled(tmp_path
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     assert [line.split()[0] for line in printed] == ["task", "standing", "arms-crossed", "See"]
     assert Image.open(tmp_path / "climb.png").size == (8 * 118, 2 * 118)
+    with open(tmp_path / "climb.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["task"] for row in rows] == ["standing", "arms-crossed"]
+    assert [f"{float(row['goal']):.0%}" for row in rows] == [line.split()[1] for line in printed[1:3]]

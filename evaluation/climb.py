@@ -8,8 +8,8 @@ looks for a new CLIP's mistakes in the same way). Of where they arrive, it print
     misled    the share that does not, and earns more than the scripted goal poses do on average; its mean reward
     stuck     the rest
 
-and draws the highest of the misled. A policy may be unable to hold such a pose, and may find others. The combinations
-that the embedded CLIP was never shown are avoided.
+and draws the highest of the misled; a CSV file beside the picture keeps the numbers. A policy may be unable to hold
+such a pose, and may find others. The combinations that the embedded CLIP was never shown are avoided.
 """
 
 import argparse
@@ -45,27 +45,32 @@ def main():
     parser.add_argument("--climbers", type=int, default=96, help="poses that climb")
     parser.add_argument("--tries", type=int, default=120, help="changes that each of them tries")
     parser.add_argument("--seed", type=int, default=1000, help="of the poses; a training of the CLIP has others")
-    parser.add_argument("--out", type=Path, default=Path("runs/climb.png"), help="the picture")
+    parser.add_argument("--out", type=Path, default=Path("runs/climb.png"), help="the picture; beside it, .csv")
     args = parser.parse_args()
     if args.climbers < 1 or args.tries < 3:
         parser.error(f"--climbers {args.climbers}, --tries {args.tries}: at least 1 and 3")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     scene, size, across = vlmrm.Scene((160, 160), effects=True), 118, 8  # of 160 pixels the middle 118
     picture = Image.new("RGB", (across * size, len(args.task) * size), "white")
+    table = []
     found = make.in_parallel(arrived, [(task, args) for task in args.task])
     print("task            goal (reward)   misled (reward)   stuck   reward of goal poses")
     for row, (task, (states, goal, rewards, of_goals)) in enumerate(zip(args.task, found)):
         misled = ~goal & (rewards > of_goals.mean())
-        means = [f"{rewards[kind].mean():.3f}" if kind.any() else "  -  " for kind in (goal, misled)]
-        line = f"{task:14} {goal.mean():5.0%} ({means[0]})   {misled.mean():5.0%} ({means[1]})"
+        numbers = dict(task=task, model=vlmrm.short(args.model), alpha=args.alpha, seed=args.seed)
+        for name, kind in dict(goal=goal, misled=misled).items():
+            numbers |= {name: kind.mean(), f"{name}_reward": rewards[kind].mean() if kind.any() else np.nan}
+        table.append(numbers | {"goal_poses_reward": of_goals.mean()})
+        line = "{task:14} {goal:5.0%} ({goal_reward:.3f})   {misled:5.0%} ({misled_reward:.3f})".format(**numbers)
         print(line, f"{(~goal & ~misled).mean():10.0%}   {of_goals.mean():.3f}")
         worst = sorted(np.flatnonzero(misled), key=lambda i: -rewards[i])[:across]
         for column, frame in enumerate(vlmrm.render_states(scene, states[worst]) if worst else ()):
             tile = Image.fromarray(frame[25:143, 21:139])
-            ImageDraw.Draw(tile).text((4, size - 14), f"{task} {rewards[worst[column]]:.2f}", "black")
+            ImageDraw.Draw(tile).text((4, 2), f"{task} {rewards[worst[column]]:.2f}", "black")
             picture.paste(tile, (column * size, row * size))
     picture.save(args.out)
-    print(f"See {args.out}")
+    vlmrm.write_csv(args.out.with_suffix(".csv"), table[0], table)
+    print(f"See {args.out} and {args.out.with_suffix('.csv')}")
 
 
 if __name__ == "__main__":
