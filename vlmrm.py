@@ -31,6 +31,7 @@ import json
 import os
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import fields
@@ -169,7 +170,7 @@ class CLIP:
             self.model = open_clip.create_model(name, tag, **settings)
             self.tokenizer = open_clip.get_tokenizer(name)
         except Exception as error:  # a hub has many ways to be out of reach, each with an exception of its own
-            message = f"cannot load {model} on {device} ({' '.join(str(error).split())[:160]})"
+            message = f"cannot load {model} on {device} ({textwrap.shorten(str(error), 160, placeholder='...')})"
             advice = "A download that was cut off goes on if you try again. Without network, use local-dir:PATH, or "
             raise ValueError(f"{message}. {advice}leave --model out for the embedded model") from error
         self.model.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # faster convolutions
@@ -1172,7 +1173,7 @@ def main(argv: list[str] | None = None):
         if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
             raise
         advice = "use a smaller model, --precision fp16, or smaller --hidden, --batch-size, --buffer-size, --envs"
-        sys.exit(f"error: not enough memory ({' '.join(str(error).split())[:160]}): {advice}")
+        sys.exit(f"error: not enough memory ({textwrap.shorten(str(error), 160, placeholder='...')}): {advice}")
     except KeyboardInterrupt:
         sys.exit("interrupted. A training goes on from its last round by train --resume RUN")
 
