@@ -903,20 +903,18 @@ def plot_curve(rows: list[dict], prompt: str, goal_reward: float | None, path: P
     """CLIP reward beside the independent success rate: where only the first rises, the policy hacks the reward."""
     evaluated = [row for row in rows if "eval_reward" in row]
     figure, (left,) = panels(1, f'"{prompt}"', xlabel="environment steps", ylabel="mean CLIP reward of a step")
-    curves = [
+    right = left.twinx()
+    right.set(ylabel="success rate, judged from the simulator", ylim=(-0.02, 1.02))
+    for axis, key, style, some, label in (
         (left, "reward", "#b3d1e7", rows, "CLIP reward while exploring"),
         (left, "eval_reward", "C0o-", evaluated, "CLIP reward of the deterministic policy"),
-    ]
-    if goal_reward is not None:  # so the sentence has a success condition
-        right = left.twinx()
-        right.set(ylabel="success rate, judged from the simulator", ylim=(-0.02, 1.02))
-        curves += [
-            (right, "eval_success", "C1o-", evaluated, "success (half of the steps)"),
-            (right, "eval_success_held", "C1:", evaluated, "success (held through the last 20)"),
-        ]
-    for axis, key, style, some, label in curves:
+        (right, "eval_success", "C1o-", evaluated, "success (half of the steps)"),
+        (right, "eval_success_held", "C1:", evaluated, "success (held through the last 20)"),
+    ):
         axis.plot([row["steps"] for row in some], [row[key] for row in some], style, ms=3, label=label)
-    if goal_reward is not None:
+    if goal_reward is None:
+        right.remove()  # a sentence without a success condition
+    else:
         left.axhline(goal_reward, color="C0", ls=":", label="CLIP reward of a goal pose at every step")
     figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     with sac.atomic_open(path) as file:
