@@ -253,11 +253,10 @@ def descend(optimizer: torch.optim.Optimizer, loss: Tensor):
     optimizer.zero_grad()
     loss.backward(inputs=parameters)  # the actor's loss runs through the critics: their gradients are not wanted
     if dist.is_initialized():  # each process has a share of the batch: from here on, its gradient is that of the whole
-        gradient = torch.cat([parameter.grad.flatten() for parameter in parameters])
-        dist.all_reduce(gradient)
-        shares = gradient.div_(dist.get_world_size()).split([parameter.numel() for parameter in parameters])
-        for parameter, share in zip(parameters, shares):
-            parameter.grad.copy_(share.view_as(parameter))
+        gradients = [parameter.grad for parameter in parameters]
+        whole = nn.utils.parameters_to_vector(gradients)
+        dist.all_reduce(whole)
+        nn.utils.vector_to_parameters(whole / dist.get_world_size(), gradients)
     optimizer.step()
 
 
@@ -340,52 +339,6 @@ def evaluate(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Interrupted runs: what train(folder=...) leaves on the disk. To understand Algorithm 1, go on to train.
-
-
-@contextlib.contextmanager
-def atomic_open(path: Path, mode: str = "wb") -> Iterator[io.BytesIO | io.StringIO]:
-    """A file to write, which takes its name only when it is complete and on the disk: there is never half a file."""
-    buffer = io.BytesIO() if "b" in mode else io.StringIO(newline="")
-    yield buffer
-    with open(f"{path}.part", "wb") as file:
-        file.write(buffer.getvalue() if "b" in mode else buffer.getvalue().encode())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.part", path)
-
-
-def round_file(folder: Path, start: int) -> Path:
-    """Where this process keeps the transitions of the round that began after `start` steps."""
-    return folder / f"round{start}-{processes()[0]}.npy"
-
-
-def restore(agent: SAC, buffer: ReplayBuffer, folder: Path, settings: dict, remembered: int) -> dict:
-    """Puts agent and buffer where an interrupted run left them, and returns what else that run's state.pt holds."""
-    path = folder / "state.pt"
-    try:
-        saved = dict(torch.load(path, map_location=agent.device, weights_only=True))
-    except Exception as error:  # whatever unpickling meets
-        raise ValueError(f"{path} is damaged ({str(error)[:99]})") from error
-    differ = [key for key, value in saved["settings"].items() if value != settings.get(key)]
-    if differ:
-        others = "; ".join(f"{key} {saved['settings'][key]} there, {settings.get(key)} here" for key in differ)
-        raise ValueError(f"{folder} is of other settings: {others}")
-    agent.load_state_dict(saved["agent"])
-    for optimizer, state in zip(agent.optimizers, saved["optimizers"]):
-        optimizer.load_state_dict(state)
-    oldest = max(0, saved["steps"] - remembered)
-    buffer.next = oldest // settings["processes"] % buffer.size  # where that round's rows lay
-    for start in range(oldest, saved["steps"], settings["round_size"]):
-        path = round_file(folder, start)
-        try:
-            buffer.add(torch.from_numpy(np.load(path).reshape(-1, sum(buffer.widths))))
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path} is damaged ({error})") from error
-    return saved
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Algorithm 1: the training loop
 
 
@@ -419,7 +372,7 @@ def train(
     steps, best_reward, best, next_eval = 0, -math.inf, None, config.learning_starts
     settings = vars(config) | dict(processes=world, round_size=round_size)
     # the last so many steps of a run, a whole number of rounds, fill every process' buffer again
-    remembered = -(-buffer.size * world // round_size) * round_size
+    remembered = math.ceil(buffer.size * world / round_size) * round_size
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     if folder is not None and (folder / "state.pt").exists():
@@ -471,14 +424,64 @@ def train(
             with atomic_open(round_file(folder, start)) as file:
                 np.save(file, rows)
         yield row  # what the caller writes is on the disk before the state that goes with it
-        if folder is not None and world > 1:
+        if folder is None:
+            continue
+        if world > 1:
             dist.barrier()  # so are the rounds of all processes
-        if folder is not None and rank == 0:
+        if rank == 0:
             with atomic_open(folder / "state.pt") as file:
                 state = dict(settings=settings, steps=steps, next_eval=next_eval, best=best, best_reward=best_reward)
                 optimizers = [optimizer.state_dict() for optimizer in agent.optimizers]
                 torch.save(state | dict(agent=agent.state_dict(), optimizers=optimizers), file)
-        if folder is not None:
-            # one more round is kept than the buffer remembers: other processes may still need it for the state before
-            round_file(folder, start - remembered - round_size).unlink(missing_ok=True)
+        # one more round is kept than the buffer remembers: other processes may still need it for the state before
+        round_file(folder, start - remembered - round_size).unlink(missing_ok=True)
     agent.load_state_dict(best)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Interrupted runs: what train(folder=...) leaves on the disk
+
+
+@contextlib.contextmanager
+def atomic_open(path: Path, mode: str = "wb") -> Iterator[io.BytesIO | io.StringIO]:
+    """A file to write, which takes its name only when it is complete and on the disk: there is never half a file.
+
+    It is gathered in memory first: on a full disk, torch.save itself raises something else than OSError.
+    """
+    buffer = io.BytesIO() if "b" in mode else io.StringIO(newline="")
+    yield buffer
+    with open(f"{path}.part", "wb") as file:
+        file.write(buffer.getvalue() if "b" in mode else buffer.getvalue().encode())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.part", path)
+
+
+def round_file(folder: Path, start: int) -> Path:
+    """Where this process keeps the transitions of the round that began after `start` steps."""
+    return folder / f"round{start}-{processes()[0]}.npy"
+
+
+def restore(agent: SAC, buffer: ReplayBuffer, folder: Path, settings: dict, remembered: int) -> dict:
+    """Puts agent and buffer where an interrupted run left them, and returns what else that run's state.pt holds."""
+    path = folder / "state.pt"
+    try:
+        saved = dict(torch.load(path, map_location=agent.device, weights_only=True))
+    except Exception as error:  # whatever unpickling meets
+        raise ValueError(f"{path} is damaged ({str(error)[:99]})") from error
+    differ = [key for key, value in saved["settings"].items() if value != settings.get(key)]
+    if differ:
+        others = "; ".join(f"{key} {saved['settings'][key]} there, {settings.get(key)} here" for key in differ)
+        raise ValueError(f"{folder} is of other settings: {others}")
+    agent.load_state_dict(saved["agent"])
+    for optimizer, state in zip(agent.optimizers, saved["optimizers"]):
+        optimizer.load_state_dict(state)
+    oldest = max(0, saved["steps"] - remembered)
+    buffer.next = oldest // settings["processes"] % buffer.size  # where that round's rows lay
+    for start in range(oldest, saved["steps"], settings["round_size"]):
+        path = round_file(folder, start)
+        try:
+            buffer.add(torch.from_numpy(np.load(path).reshape(-1, sum(buffer.widths))))
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path} is damaged ({error})") from error
+    return saved

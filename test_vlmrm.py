@@ -1473,8 +1473,9 @@ def test_a_run_is_not_replaced_unasked_nor_by_a_command_that_is_wrong(error, tmp
     for name in "config.json", "metrics.csv":
         (tmp_path / name).write_text("")
     assert "by --overwrite" in error("--out", tmp_path)
-    error("--out", tmp_path, "--overwrite", "--alpha", 2)
-    assert (tmp_path / "policy.pt").read_text() == "hours of work"
+    for wrong in ("--alpha", 2), ("--gamma", 2), ("--buffer-size", 100), ("--batch-size", 0), ("--device", "nowhere"):
+        error("--out", tmp_path, "--overwrite", *wrong)
+        assert (tmp_path / "policy.pt").read_text() == "hours of work"
 
 
 def test_the_folder_of_a_run_tells_what_is_unusual_about_it(tmp_path, monkeypatch):

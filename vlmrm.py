@@ -33,7 +33,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
@@ -81,8 +81,8 @@ def goal_baseline_reward(state: Tensor, goal: Tensor, baseline: Tensor, alpha: f
 
     An image's embedding says much that has nothing to do with the task (floor, sky, style). What the task changes is
     the direction from a baseline sentence ("a humanoid robot") to the goal sentence ("a humanoid robot kneeling"). So
-    the embedding is moved towards its projection on the line L through the two, before it is compared with the goal; by
-    1 - |s - g|^2 / 2, which for unit vectors is the cosine.
+    the embedding is moved towards its projection on the line L through the two, and where it arrives, x, is compared
+    with the goal by 1 - |x - g|^2 / 2, which for unit vectors is the cosine.
 
     state (B, D), goal (D,), baseline (D,), of any norm; alpha in [0, 1]: 0 is equation (2), 1 keeps only what lies
     along L. Returns (B,), at most 1. Raises ValueError for an alpha out of range, if alpha > 0 and goal = baseline, and
@@ -138,27 +138,17 @@ class CLIP:
             wanted = f"the model is given by its name, the precision is one of {', '.join(PRECISIONS)}"
             raise ValueError(f"model is {model!r}, precision {precision!r}: {wanted}")
         device = device or default_device()
-        try:
-            torch.zeros(1, device=device).item()
-        except (RuntimeError, AssertionError) as error:
-            message = f"cannot use the device {device!r} ({' '.join(str(error).split())[:99]})"
-            raise ValueError(f"{message}: name another, such as cpu, or cuda where there is a GPU") from error
         name, tag = model, None
         if model == EMBEDDED_CLIP:
             name = f"local-dir:{Path(__file__).parent / EMBEDDED_CLIP}"
-        if name.startswith("local-dir:"):
-            folder = Path(name.removeprefix("local-dir:"))
-            if not (folder / "open_clip_config.json").is_file():
-                raise ValueError(f"no open_clip model in {folder}: it holds no open_clip_config.json")
-            if not any(file.suffix in (".safetensors", ".bin", ".pth") for file in folder.iterdir()):
-                raise ValueError(f"no weights in {folder}: they should be a .safetensors, .bin or .pth file in it")
-        elif not name.startswith("hf-hub:"):
+        if not name.startswith(("hf-hub:", "local-dir:")):
             name, _, tag = model.partition("/")
             known = [f"{n}/{t}" for n, t in open_clip.list_pretrained()]
             if model not in known:
                 near = difflib.get_close_matches(model, known, 3, 0.3)
                 raise ValueError(f"open_clip knows no model {model!r}; nearest: {', '.join(near) or 'none'}")
         try:
+            torch.zeros(1, device=device)  # no such device? Say so before a download
             # the weights know their activation function; open_clip only warns where the architecture has another
             quick = bool(tag) and open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False)
             # open_clip's half precision keeps fp32 layers in a CoCa and a Hugging Face text tower: take "pure"
@@ -171,8 +161,8 @@ class CLIP:
             self.tokenizer = open_clip.get_tokenizer(name)
         except Exception as error:  # a hub has many ways to be out of reach, each with an exception of its own
             message = f"cannot load {model} on {device} ({textwrap.shorten(str(error), 160, placeholder='...')})"
-            advice = "A download that was cut off goes on if you try again. Without network, use local-dir:PATH, or "
-            raise ValueError(f"{message}. {advice}leave --model out for the embedded model") from error
+            advice = "Are there such a device and model? A download that was cut off goes on if you try again. Without "
+            raise ValueError(f"{message}. {advice}network, use local-dir:PATH, or the embedded model") from error
         self.model.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # faster convolutions
         self.device = device
         self.dtype = open_clip.get_input_dtype(precision) or torch.float32
@@ -213,12 +203,12 @@ class CLIP:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
             raise ValueError(f'the prompt is {prompts}: write a sentence, such as "a humanoid robot kneeling"')
-        for prompt in prompts:  # one that fits leaves only padding (all the same) beyond this model's own length
-            length = self.tokenizer([prompt]).shape[1]
-            tail = self.tokenizer([prompt], context_length=4 * length)[0, length:]
-            if (tail != tail[-1]).any():
+        tokens = self.tokenizer(prompts)  # (number of prompts, length)
+        length = tokens.shape[1]
+        for prompt, tail in zip(prompts, self.tokenizer(prompts, context_length=4 * length)[:, length:]):
+            if (tail != tail[-1]).any():  # of a prompt that fits, only padding (all the same) lies beyond
                 raise ValueError(f"the prompt exceeds the {length} tokens that this CLIP reads: {prompt[:40]}...")
-        embeddings = self.model.encode_text(self.tokenizer(prompts).to(self.device))  # (number of prompts, D)
+        embeddings = self.model.encode_text(tokens.to(self.device))  # (number of prompts, D)
         return F.normalize(F.normalize(embeddings.float(), dim=-1).mean(0), dim=-1)
 
 
@@ -357,18 +347,21 @@ class Scene:
         return self.renderer.render()
 
 
-def check_states(model: mujoco.MjModel, states: np.ndarray):
+def each_state(model: mujoco.MjModel, states: np.ndarray) -> Iterator[mujoco.MjData]:
+    """The simulator in each of the states, qpos (N, 24). Raises ValueError for other shapes, NaN, and if empty."""
     if np.ndim(states) != 2 or np.shape(states)[1] != model.nq or not len(states) or not np.isfinite(states).all():
         raise ValueError(f"states are {np.shape(states)}; they have to be (N, {model.nq}), finite, and not empty")
+    data = mujoco.MjData(model)
+    for qpos in states:
+        data.qpos[:] = qpos
+        yield data
 
 
 def render_states(scene: Scene, states: np.ndarray) -> np.ndarray:
-    """qpos (N, 24) -> frames, uint8 (N, height, width, 3). Raises ValueError for other shapes, NaN, and if empty."""
-    check_states(scene.model, states)
-    data, frames = mujoco.MjData(scene.model), np.empty((len(states), *scene.size, 3), np.uint8)
-    for i, qpos in enumerate(states):
-        data.qpos[:] = qpos
-        frames[i] = scene.render(data)
+    """qpos (N, 24), as in each_state -> frames, uint8 (N, height, width, 3)."""
+    frames = np.empty((len(states), *scene.size, 3), np.uint8)
+    for data, frame in zip(each_state(scene.model, states), frames):
+        frame[:] = scene.render(data)
     return frames
 
 
@@ -402,10 +395,10 @@ def measure(model: mujoco.MjModel, data: mujoco.MjData) -> Pose:
         return (np.array([find(name).xpos for name in names]) - origin) @ turn.T
 
     return Pose(
-        turn @ torso[:, 2],
-        turn @ torso[:, 0],
-        points(data.geom, "head")[0],
-        points(data.body, "pelvis")[0],
+        up=turn @ torso[:, 2],
+        facing=turn @ torso[:, 0],
+        head=points(data.geom, "head")[0],
+        pelvis=points(data.body, "pelvis")[0],
         shoulders=points(data.body, "left_upper_arm", "right_upper_arm"),
         elbows=points(data.body, "left_lower_arm", "right_lower_arm"),
         hands=points(data.geom, "left_hand", "right_hand"),
@@ -416,19 +409,15 @@ def measure(model: mujoco.MjModel, data: mujoco.MjData) -> Pose:
 
 
 def measure_states(model: mujoco.MjModel, states: np.ndarray) -> Pose:
-    """qpos (N, 24) -> a Pose of (N, ...) arrays. Raises ValueError for other shapes, NaN, and if empty."""
-    check_states(model, states)
-    data, poses = mujoco.MjData(model), []
-    for qpos in states:
-        data.qpos[:] = qpos
-        poses.append(measure(model, data))
-    return Pose(*(np.stack(values) for values in zip(*poses)))
+    """qpos (N, 24), as in each_state -> a Pose of (N, ...) arrays."""
+    return Pose(*map(np.stack, zip(*(measure(model, data) for data in each_state(model, states)))))
 
 
 def lowest_point(model: mujoco.MjModel, data: mujoco.MjData) -> float:
     """Height of the body's lowest point above the floor, in metres."""
     mujoco.mj_kinematics(model, data)
     capsule = model.geom_type[1:] == mujoco.mjtGeom.mjGEOM_CAPSULE  # the rest are spheres; geom 0 is the floor
+    # of a capsule, half its length as far as that points up or down; of both, their radius
     half = np.where(capsule, np.abs(data.geom_xmat[1:, 8]) * model.geom_size[1:, 1], 0)
     return float((data.geom_xpos[1:, 2] - model.geom_size[1:, 0] - half).min())
 
@@ -516,7 +505,7 @@ def raised(p: Pose) -> dict:
 
 def on_hips(p: Pose) -> dict:
     """Each hand within 15 cm of its side of the pelvis and not hanging below it, elbows further out."""
-    hip = p.pelvis[..., None, :] + np.array([[0, 0.2, 0], [0, -0.2, 0]])
+    hip = p.pelvis[..., None, :] + np.array([[0, 0.2, 0], [0, -0.2, 0]])  # (..., 2, 3) 20 cm to each side
     near = np.linalg.norm(p.hands - hip, axis=-1) < 0.15
     high = p.hands[..., Z] > p.pelvis[..., Z, None] - 0.08
     return {"hands on the hips": (near & high & ((p.elbows - p.hands)[..., Y] * SIDES > 0)).all(-1)}
@@ -621,7 +610,7 @@ def canonically_shaped(reward: np.ndarray, gamma: float) -> np.ndarray:
     reward (S, A, S): R(s, a, s') of a finite problem -> the same shape. States and actions are drawn uniformly.
     """
     mean = reward.mean((1, 2))  # (S,) E[R(s, A, S')]
-    return reward + gamma * mean - mean[:, None, None] - gamma * mean.mean()
+    return reward + gamma * mean - mean[:, None, None] - gamma * mean.mean()  # of s' (the last axis), of s, of all
 
 
 def epic_distance(reward_a: np.ndarray, reward_b: np.ndarray, gamma: float = 0.99) -> float:
@@ -637,7 +626,7 @@ def epic_distance(reward_a: np.ndarray, reward_b: np.ndarray, gamma: float = 0.9
         raise ValueError("the rewards are empty, NaN or infinite: their correlation is undefined")
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma is {gamma}; it has to be in [0, 1]")
-    a, b = (x / (np.abs(x).max() or 1) for x in (a, b))  # changes nothing but what overflows, or counts as constant
+    a, b = (x / (np.abs(x).max() or 1) for x in (a, b))  # so that no square overflows or vanishes
     if a.ndim == 3:
         a, b = canonically_shaped(a, gamma), canonically_shaped(b, gamma)
     a, b = a - a.mean(), b - b.mean()
@@ -708,7 +697,7 @@ SCENES = {  # look and camera, as in Fig. 3
 
 def short(model: str) -> str:
     """A model's name as a folder may have it."""
-    name = Path(model[10:]).resolve().name if model.startswith("local-dir:") else model
+    name = Path(model.removeprefix("local-dir:")).resolve().name if model.startswith("local-dir:") else model
     return name.replace("/", "-").replace(":", "-")
 
 
@@ -754,22 +743,20 @@ def evaluate(args: argparse.Namespace):
             size = sum(p.numel() for p in clip.model.visual.parameters())
             baseline = clip.embed_text(args.baseline or [BASELINE_PROMPT])
             goal = {task: clip.embed_text(TASKS[task][0]) for task in tasks}  # (D,) each
-            for alpha, task in itertools.product(alphas, tasks):  # a mistake fails now, not after all the frames
-                goal_baseline_reward(baseline[None], goal[task], baseline, alpha)
-            seen = {key: embed_states(clip, Scene(clip.size, *scene), states, bar) for key, scene in SCENES.items()}
             rewards, curves, scene = {}, {}, Scene(clip.size)
-            for task in tasks:
+            for task in tasks:  # first the few frames: an alpha or a prompt that makes no sense fails here
                 path = embed_states(clip, scene, paths[task], bar)
                 for alpha in alphas:
                     curves[task, alpha] = goal_baseline_reward(path, goal[task], baseline, alpha).cpu().numpy()
-                    for key, embeddings in seen.items():
-                        r = goal_baseline_reward(embeddings, goal[task], baseline, alpha).cpu().numpy()
-                        y, among, epic = goals[task], near[task], epic_distance(r, goals[task])
-                        row = dict(model=name, parameters=size, scene=key, alpha=alpha, task=task, epic=epic)
-                        row |= dict(pearson=1 - 2 * epic**2, auc=auc(r, y), auc_near=auc(r[among], y[among]))
-                        rows.append(row)
-                        if alpha == middle and key == OURS:
-                            rewards[task] = r
+            seen = {key: embed_states(clip, Scene(clip.size, *scene), states, bar) for key, scene in SCENES.items()}
+            for task, alpha, key in itertools.product(tasks, alphas, SCENES):
+                r = goal_baseline_reward(seen[key], goal[task], baseline, alpha).cpu().numpy()
+                y, among, epic = goals[task], near[task], epic_distance(r, goals[task])
+                row = dict(model=name, parameters=size, scene=key, alpha=alpha, task=task, epic=epic)
+                row |= dict(pearson=1 - 2 * epic**2, auc=auc(r, y), auc_near=auc(r[among], y[among]))
+                rows.append(row)
+                if alpha == middle and key == OURS:
+                    rewards[task] = r
             if name == next(iter(models)):  # there is a result: now an older one may go
                 shutil.rmtree(out, ignore_errors=True)
             (out / name).mkdir(parents=True)
@@ -830,7 +817,7 @@ def plot_histograms(file: Path, name: str, rewards: dict, goals: dict):
     figure.savefig(file, dpi=100)
 
 
-def plot_frames(file: Path, name: str, rewards: dict, goals: dict, states: np.ndarray, each: int = 6):
+def plot_frames(file: Path, name: str, rewards: dict, goals: dict, states: np.ndarray):
     """What a reward really likes: the first thing to look at before training on it."""
     figure = Figure(figsize=(15, 1.05 * len(rewards) + 0.7), layout="constrained")
     scene = Scene((160, 160), effects=True)
@@ -838,10 +825,10 @@ def plot_frames(file: Path, name: str, rewards: dict, goals: dict, states: np.nd
     for row, (task, r) in zip(figure.subplots(len(rewards), 4, squeeze=False), rewards.items()):
         goal, order = goals[task], r.argsort()[::-1]
         kinds = {
-            "highest of all": order[:each],
-            "highest that are not the goal": order[~goal[order]][:each],
-            "lowest that are the goal": order[goal[order]][-each:],
-            "lowest of all": order[-each:],
+            "highest of all": order[:6],
+            "highest that are not the goal": order[~goal[order]][:6],
+            "lowest that are the goal": order[goal[order]][-6:],
+            "lowest of all": order[-6:],
         }
         row[0].set_ylabel(task)
         for axis, (kind, which) in zip(row, kinds.items()):
@@ -948,14 +935,15 @@ def check_free(out: Path, overwrite: bool, *marks: str):
     """Raises ValueError unless the folder is new or empty, or may be overwritten and holds all the files `marks`."""
     ours = all((out / mark).exists() for mark in marks)
     if out.is_file() or out.is_dir() and any(out.iterdir()) and not (overwrite and ours):
-        advice = "replace it by --overwrite (an interrupted training goes on by --resume), or " if ours else ""
+        resume = " (an interrupted training goes on by --resume)" if "metrics.csv" in marks else ""
+        advice = f"replace it by --overwrite{resume}, or " if ours else ""
         kind = ", ".join(marks) if ours else "other files"
         raise ValueError(f"{out} already holds {kind}: {advice}name another folder by --out")
 
 
 COLUMNS = "steps reward success success_held eval_reward eval_success eval_success_held".split()
 COLUMNS += "critic_loss actor_loss temperature entropy".split()
-NOT_SETTINGS = "command", "function", "overwrite", "resume", "typed"
+NOT_SETTINGS = "command", "overwrite", "resume", "typed"
 
 
 def resumed(args: argparse.Namespace) -> argparse.Namespace:
@@ -978,6 +966,30 @@ def resumed(args: argparse.Namespace) -> argparse.Namespace:
     return argparse.Namespace(**settings | dict(out=run, resume=run))
 
 
+def join_torchrun(device: str) -> str:
+    """Under torchrun, joins its other processes. Returns this process' device: on a GPU, one of its own if there is."""
+    local = int(os.environ.get("LOCAL_RANK", 0))  # torchrun sets these: this process' number on its machine, ...
+    world, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))  # how many, and here
+    if world > 1:
+        gpus = torch.cuda.device_count()
+        if device.startswith("cuda") and gpus:
+            device = f"cuda:{local % gpus}"
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl" if device != "cpu" and here <= gpus else "gloo")  # a GPU for each
+    return device
+
+
+def run_name(task: str | None, prompt: list[str], args: argparse.Namespace) -> str:
+    """Of a run's own folder: the task, or what the prompt has of letters and digits, and what is unusual."""
+    name = task or "-".join("".join(c if c.isalnum() else " " for c in prompt[0].lower()).split())[:60] or "prompt"
+    if args.model != EMBEDDED_CLIP:
+        name += f"-{short(args.model)}"
+    for setting, usual in dict(alpha=0.5, pink=0, gamma=0.95, azimuth=CAMERA["azimuth"]).items():
+        if getattr(args, setting) != usual:
+            name += f"-{setting}{getattr(args, setting):g}"
+    return f"{name}-seed{args.seed}"
+
+
 def train(args: argparse.Namespace):
     """Trains SAC on the humanoid, rewarded by CLIP for looking like a sentence, and leaves in runs/NAME/:
 
@@ -987,24 +999,13 @@ def train(args: argparse.Namespace):
     policy.pt    the best policy's weights; also metrics.csv and config.json
     """
     start, args = time.time(), resumed(args) if args.resume else args
-    device = args.device or default_device()
-    rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # as torchrun sets them
-    world, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    if world > 1:
-        gpus = torch.cuda.device_count()
-        if device.startswith("cuda") and gpus:
-            device = f"cuda:{local % gpus}"
-            torch.cuda.set_device(device)
-        torch.distributed.init_process_group("nccl" if device != "cpu" and here <= gpus else "gloo")  # a GPU for each
+    device = join_torchrun(args.device or default_device())
+    rank, world = sac.processes()
     known = {(prompt,): task for task, (prompt, _) in JUDGED.items()}
     task = args.task or (known.get(tuple(args.prompt)) if args.prompt else "kneeling")  # None: no one judges it
     prompt, condition = args.prompt or [JUDGED[task][0]], JUDGED[task][1] if task else None
     baseline = args.baseline or [BASELINE_PROMPT]
-    name = task or "-".join("".join(c if c.isalnum() else " " for c in prompt[0].lower()).split())[:60] or "prompt"
-    name += f"-{short(args.model)}" * (args.model != EMBEDDED_CLIP)
-    for setting, usual in dict(alpha=0.5, pink=0, gamma=0.95, azimuth=CAMERA["azimuth"]).items():
-        name += f"-{setting}{getattr(args, setting):g}" * (getattr(args, setting) != usual)
-    out = args.out or Path("runs") / f"{name}-seed{args.seed}"
+    out = args.out or Path("runs") / run_name(task, prompt, args)
     if rank == 0 and not args.resume:
         check_free(out, args.overwrite, "config.json", "metrics.csv")
     if not all(map(np.isfinite, (args.distance, args.elevation, args.azimuth))) or args.distance <= 0:
@@ -1013,13 +1014,15 @@ def train(args: argparse.Namespace):
     if args.envs < 1 or args.episodes < 1 or args.envs % world or args.batch_size % world:
         given = f"--envs {args.envs}, --episodes {args.episodes}, --batch-size {args.batch_size}"
         raise ValueError(f"{given}: at least 1 each, the first and the last in equal shares for {world} processes")
+    config = sac.Config(**{field.name: getattr(args, field.name) for field in fields(sac.Config)})
+    if config.buffer_size < (steps := config.round_steps * args.envs):
+        raise ValueError(f"--buffer-size {config.buffer_size}: it has to hold a round, here of {steps} steps")
 
     clip = CLIP(args.model, device, args.precision)
     reward_fn = VLMReward(clip, prompt, baseline, args.alpha)
     camera = CAMERA | dict(distance=args.distance, elevation=args.elevation, azimuth=args.azimuth)
     scene = Scene(clip.size, args.look, camera)
     scene.render(mujoco.MjData(scene.model))  # without OpenGL, fail now and not after the first round
-    config = sac.Config(**{field.name: getattr(args, field.name) for field in fields(sac.Config)})
     envs, eval_envs = (make_envs(scene, condition, args.envs // world, config.round_steps) for _ in range(2))
     agent = sac.SAC(envs.single_observation_space, envs.single_action_space, config, device)
 
@@ -1041,14 +1044,11 @@ def train(args: argparse.Namespace):
 
     references, rng = {}, np.random.default_rng([args.seed, rank])
     shape = envs.action_space.shape
-    if condition:
-        for reference, act in (
-            ("zero action", lambda obs: np.zeros(shape)),
-            ("untrained network", agent.best_action),
-            ("random policy", lambda obs: rng.uniform(-1, 1, shape)),
-        ):
-            half, held = success_rates(judge(act)[1])
-            references[reference] = dict(success=half, success_held=held)
+    acts = {"zero action": lambda obs: np.zeros(shape), "untrained network": agent.best_action}
+    acts["random policy"] = lambda obs: rng.uniform(-1, 1, shape)
+    for reference, act in acts.items() if condition else ():
+        half, held = success_rates(judge(act)[1])
+        references[reference] = dict(success=half, success_held=held)
 
     if rank == 0:
         print(f"Training {prompt} against {baseline}, alpha {args.alpha:g}, on {device}, into {out}/")
@@ -1098,12 +1098,6 @@ def train(args: argparse.Namespace):
 
 
 def parser() -> argparse.ArgumentParser:
-    def add_command(name, function, meaning, **settings):
-        settings |= dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, help=meaning)
-        command = commands.add_parser(name, description=inspect.getdoc(function), **settings)
-        command.set_defaults(function=function)
-        return command
-
     def add(group, name, meaning, **settings):
         if type(settings.get("default")) in (int, float):  # others say in words what happens without them
             meaning += " (default: %(default)s)"
@@ -1124,8 +1118,9 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="vlmrm.py", description=about, epilog=epilog)
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    usage = "vlmrm.py train [PROMPT ...] [OPTIONS]"
-    command = add_command("train", train, "train a policy on a sentence", usage=usage)
+    settings = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    settings |= dict(usage="vlmrm.py train [PROMPT ...] [OPTIONS]", description=inspect.getdoc(train))
+    command = commands.add_parser("train", help="train a policy on a sentence", **settings)
     group = command.add_argument_group("the task")
     add(group, "prompt", "the goal in a sentence, or in several to be averaged", nargs="*")
     meaning = "one of the paper's eight, or a combination that tinyclip was never shown: its prompt (unless you give "
@@ -1151,7 +1146,8 @@ def parser() -> argparse.ArgumentParser:
     meaning = "go on with the interrupted run in this folder, with the settings it was begun with"
     add(group, "--resume", meaning, type=Path, metavar="RUN")
 
-    command = add_command("evaluate", evaluate, "judge rewards before training on them")
+    settings |= dict(usage=None, description=inspect.getdoc(evaluate))
+    command = commands.add_parser("evaluate", help="judge rewards before training on them", **settings)
     add(command, "--task", f"of {', '.join(TASKS)}. Left out: all eight", nargs="+", choices=TASKS, metavar="TASK")
     alphas, meaning = [0, 0.25, 0.5, 0.75, 1], "the middle one is drawn where a figure needs one. Left out: "
     add(command, "--alpha", meaning + " ".join(map(str, alphas)), nargs="+", type=float, default=alphas)
@@ -1163,12 +1159,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None):
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or (argv[0].startswith("-") and not {"-h", "--help", "train", "evaluate"} & set(argv)):
+    if not argv or argv[0].startswith("-") and not {"train", "evaluate", "-h", "--help"} & set(argv):
         argv.insert(0, "train")
     args = parser().parse_args(argv)
     args.typed = argv
     try:
-        args.function(args)
+        (train if args.command == "train" else evaluate)(args)
     except (ValueError, OSError) as error:  # OSError: a full disk, a folder that must not be written
         sys.exit(f"error: {error}")
     except (MemoryError, RuntimeError) as error:
