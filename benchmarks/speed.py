@@ -28,13 +28,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
+from torch.utils.flop_counter import FlopCounterMode
 
 OBS, ACT = 348, 17  # of the humanoid
 PROMPT = vlmrm.TASKS["kneeling"][0]
 
 
 def compare(name, ours, other, unit, pairs, device="cpu"):
-    """ours and other: (function, how many units of work a call does). Prints the rates and the median ratio."""
+    """ours and other: (function, how many units of work a call does). Prints and returns the rates."""
     rates = [], []
     for i in range(pairs + 1):
         for (function, amount), kept in zip((ours, other), rates):
@@ -51,6 +52,7 @@ def compare(name, ours, other, unit, pairs, device="cpu"):
         f"({min(ratios):.2f} to {max(ratios):.2f})",
         flush=True,
     )
+    return one, two
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -212,6 +214,24 @@ def bench_sac(args):
                     args.pairs,
                 )
 
+        compiled = sac.SAC(Spaces.observation_space, Spaces.action_space, config, args.device)
+        compiled.norm.load_state_dict(agent.norm.state_dict())
+        for loss in ("critic_loss", "actor_loss"):  # reduce-overhead: as CUDA graphs, on a GPU
+            setattr(compiled, loss, torch.compile(getattr(compiled, loss), mode="reduce-overhead"))
+
+        def ours_compiled():
+            for _ in range(count):
+                compiled.update(*buffer.sample(batch, args.device))
+
+        compare(
+            f"SAC, batch {batch}, fp32: ours by torch.compile, ours",
+            (ours_compiled, count),
+            (ours, count),
+            "updates/s",
+            args.pairs,
+            args.device,
+        )
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Frames
@@ -260,6 +280,15 @@ def bench_render(args):
         )
 
 
+def print_agreement(name, bf16, fp32, frames):
+    rewards = [vlmrm.VLMReward(clip, PROMPT)(frames) for clip in (bf16, fp32)]
+    ranks, apart = [r.argsort().argsort() for r in rewards], np.abs(rewards[0] - rewards[1]).max()
+    print(
+        f"{name}: {len(frames)} rewards in bf16 and fp32 differ by at most {apart:.1e}; "
+        f"they spread over {np.ptp(rewards[1]):.1e}; rank correlation {np.corrcoef(*ranks)[0, 1]:.5f}"
+    )
+
+
 def bench_label(args):
     clip, states = vlmrm.CLIP(device=args.device), poses(512)
     scene, usual, reward = vlmrm.Scene(clip.size), Usual(clip), vlmrm.VLMReward(clip, PROMPT)
@@ -279,6 +308,8 @@ def bench_label(args):
             args.pairs,
             args.device,
         )
+    bf16 = vlmrm.CLIP(device=args.device, precision="bf16")
+    print_agreement("embedded CLIP", bf16, clip, vlmrm.render_states(scene, poses(3340)))
 
 
 def random_clip(name, device, precision):
@@ -299,6 +330,15 @@ def random_clip(name, device, precision):
         open_clip.create_model = original
 
 
+def operations(model, x):
+    """Floating-point operations of the image tower for x, an addition and a multiplication each."""
+    torch.backends.mha.set_fastpath_enabled(False)  # on it, the counter misses the products of the attention layers
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.encode_image(x)
+    torch.backends.mha.set_fastpath_enabled(True)
+    return counter.get_total_flops()
+
+
 def bench_vit(args):
     for name in args.models:
         clip, fp32 = (random_clip(name, args.device, precision) for precision in ("bf16", "fp32"))
@@ -311,7 +351,7 @@ def bench_vit(args):
             for part in x.split(128):
                 model.encode_image(part)
 
-        compare(
+        _, rate = compare(
             f"{name} in bf16: rewards of frames, its encoder alone",
             (lambda: clip.embed_images(frames), len(frames)),
             (lambda: encoder(clip.model, ready), len(frames)),
@@ -319,6 +359,8 @@ def bench_vit(args):
             args.pairs,
             args.device,
         )
+        work = operations(clip.model, ready[:1])
+        print(f"{name}: {work / 1e9:.1f} GFLOP a frame, so its encoder alone does {work * rate / 1e12:.3g} TFLOP/s")
         reward, scene = vlmrm.VLMReward(clip, PROMPT), vlmrm.Scene(clip.size)
         compare(
             f"{name} in bf16: rendering and rewards, its encoder alone",
@@ -345,12 +387,7 @@ def bench_vit(args):
                 "frames/s",
                 args.pairs,
             )
-        rewards = [vlmrm.VLMReward(c, PROMPT)(frames) for c in (clip, fp32)]
-        ranks = [r.argsort().argsort() for r in rewards]
-        print(
-            f"{name}: rewards in bf16 and fp32 differ by at most {np.abs(rewards[0] - rewards[1]).max():.1e}; "
-            f"rank correlation {np.corrcoef(*ranks)[0, 1]:.5f}"
-        )
+        print_agreement(f"{name}, random weights", clip, fp32, frames)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
