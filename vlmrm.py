@@ -1044,11 +1044,14 @@ def train(args: argparse.Namespace):
 
     references, rng = {}, np.random.default_rng([args.seed, rank])
     shape = envs.action_space.shape
-    acts = {"zero action": lambda obs: np.zeros(shape), "untrained network": agent.best_action}
-    acts["random policy"] = lambda obs: rng.uniform(-1, 1, shape)
-    for reference, act in acts.items() if condition else ():
-        half, held = success_rates(judge(act)[1])
-        references[reference] = dict(success=half, success_held=held)
+    if condition:
+        for reference, act in (
+            ("zero action", lambda obs: np.zeros(shape)),
+            ("untrained network", agent.best_action),
+            ("random policy", lambda obs: rng.uniform(-1, 1, shape)),
+        ):
+            half, held = success_rates(judge(act)[1])
+            references[reference] = dict(success=half, success_held=held)
 
     if rank == 0:
         print(f"Training {prompt} against {baseline}, alpha {args.alpha:g}, on {device}, into {out}/")
@@ -1061,9 +1064,9 @@ def train(args: argparse.Namespace):
                     row[key], row[key + "_held"] = success_rates(row[key])
             best = row.pop("best", False)
             rows = [*(old for old in rows if old["steps"] < row["steps"]), row]  # a resumed round replaces its row
-            if rank == 0 and len(rows) * config.round_steps * args.envs != row["steps"]:
-                raise ValueError(f"{metrics} is damaged: it lacks rounds that the checkpoint holds")
             if rank == 0:
+                if len(rows) * config.round_steps * args.envs != row["steps"]:
+                    raise ValueError(f"{metrics} is damaged: it lacks rounds that the checkpoint holds")
                 write_csv(metrics, COLUMNS, rows)
                 if best:
                     with sac.atomic_open(out / "policy.pt") as file:
