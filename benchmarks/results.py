@@ -1,11 +1,13 @@
 """The tables of results, from finished runs: python benchmarks/results.py RUN ...
 
-Adds to assets/ what a reader needs to check them: runs/NAME.csv (the metrics of a run) and a row in runs/results.csv,
-which replaces that of the same task, settings and seed. Prints the table of all rows. It trains nothing.
+Adds to assets/ what a reader needs to check them: runs/NAME.csv (the metrics of a run) and a row in
+runs/results.csv, which replaces that of the same task, settings and seed. Prints the table of all
+rows. It trains nothing.
 
---gallery also draws assets/gallery.gif (of each task among the runs the seed with the highest CLIP reward, as in the
-paper; success has no say), --alphas draws assets/alpha.png (kneeling by alpha, from the rows and their metrics).
---parts lets the policies of the runs act once more, and prints how often each holds the legs and arms of which task.
+--gallery also draws assets/gallery.gif (of each task among the runs the seed with the highest CLIP
+reward, as in the paper; success has no say), --alphas draws assets/alpha.png (kneeling by alpha,
+from the rows and their metrics). --parts lets the policies of the runs act once more, and prints
+how often each holds the legs and arms of which task.
 """
 
 import argparse
@@ -22,31 +24,41 @@ import sac
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from support.pictures import panels
+from support.runs import read_metrics, short, write_csv
 
 ASSETS = Path(__file__).parent.parent / "assets"
 RUNS = ASSETS / "runs"
-PAPER = dict(zip(vlmrm.TASKS, (1, 1, 1, 1, 1, 0.64, 0, 0)))  # Table 1: ViT-bigG-14, 10 million steps
-SETTINGS = ("model", "alpha", "pink", "gamma", "azimuth", "steps")  # what is averaged over seeds has these in common
-COLUMNS = "task model alpha pink gamma azimuth seed steps episodes success success_held reward".split()
-COLUMNS += "reward_at_the_end reward_of_goal_poses success_zero success_random success_untrained seconds".split()
+# Table 1: ViT-bigG-14, 10 million steps
+PAPER = dict(zip(vlmrm.TASKS, (1, 1, 1, 1, 1, 0.64, 0, 0)))
+# what is averaged over seeds has these in common
+SETTINGS = ("model", "alpha", "pink", "gamma", "azimuth", "steps")
+COLUMNS = "task model alpha pink gamma azimuth seed steps".split()
+COLUMNS += "episodes success success_held reward reward_at_the_end reward_of_goal_poses".split()
+COLUMNS += "success_zero success_random success_untrained seconds".split()
 
 
 def crossed_by_chest(p: vlmrm.Pose) -> dict:
-    """`vlmrm.crossed`, but past the middle of the chest, however the waist turns that against the pelvis. It judges no
-    policy: it was written after one had been seen to cross its arms so."""
+    """`vlmrm.crossed`, but past the middle of the chest, however the waist turns that.
+
+    It judges no policy: it was written after one had been seen to cross its arms so.
+    """
     leftward = np.cross(p.up, p.facing)[..., None, :]  # (..., 1, 3) the chest's
     middle = p.shoulders.mean(-2, keepdims=True)
-    hand, elbow = (((points - middle) * leftward).sum(-1) * vlmrm.SIDES for points in (p.hands, p.elbows))  # outward
+    hand, elbow = (  # how far outward
+        ((points - middle) * leftward).sum(-1) * vlmrm.SIDES for points in (p.hands, p.elbows)
+    )
     return vlmrm.crossed(p) | {"forearms crossed": ((hand < -0.04) & (elbow > hand)).all(-1)}
 
 
-PARTS = vlmrm.kneeling, vlmrm.lotus, vlmrm.standing, vlmrm.splits, vlmrm.raised, vlmrm.on_hips, vlmrm.crossed
-PARTS += (crossed_by_chest,)
+PARTS = vlmrm.kneeling, vlmrm.lotus, vlmrm.standing, vlmrm.splits
+PARTS += vlmrm.raised, vlmrm.on_hips, vlmrm.crossed, crossed_by_chest
 
 
 def name_of(row: dict) -> str:
-    settings = f"-{vlmrm.short(row['model'])}" * (row["model"] != vlmrm.EMBEDDED_CLIP)
-    settings += f"-alpha{row['alpha']:g}" * (row["alpha"] != 0.5) + f"-pink{row['pink']:g}" * (row["pink"] > 0)
+    settings = f"-{short(row['model'])}" * (row["model"] != vlmrm.EMBEDDED_CLIP)
+    settings += f"-alpha{row['alpha']:g}" * (row["alpha"] != 0.5)
+    settings += f"-pink{row['pink']:g}" * (row["pink"] > 0)
     settings += f"-gamma{row['gamma']:g}" * (row["gamma"] != 0.95)
     settings += f"-azimuth{row['azimuth']:g}" * (row["azimuth"] != 180)
     return f"{row['task']}{settings}-steps{row['steps']:.0f}-seed{row['seed']:g}"
@@ -58,26 +70,36 @@ def read(path: Path) -> list[dict]:
         return []
     with open(path, newline="") as file:
         words = "task", "model"
-        return [{k: v if k in words else float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+        return [
+            {k: v if k in words else float(v) for k, v in row.items() if v}
+            for row in csv.DictReader(file)
+        ]
 
 
 def spread(values: Iterable) -> str:
     """Mean and range: 97% (94-100), or 100% where all are the same."""
     values = [round(100 * value) for value in values]
-    return f"{np.mean(values):.0f}%" + f" ({min(values)}-{max(values)})" * (min(values) < max(values))
+    least, most = min(values), max(values)
+    return f"{np.mean(values):.0f}%" + f" ({least}-{most})" * (least < most)
 
 
 def print_table(rows: list[dict], ceilings: dict):
-    columns = "task | prompt | seeds | success | held | of the best seed by CLIP reward, as in the paper | zero action"
-    columns += " | CLIP reward at the end | of goal poses | dense reward | steps | minutes"
+    columns = "task | prompt | seeds | success | held | of the best seed by CLIP reward, as in the "
+    columns += (
+        "paper | zero action | CLIP reward at the end | of goal poses | dense reward | steps "
+    )
+    columns += "| minutes"
     print(f"| {columns} | the paper's, of another experiment |\n" + "|---" * 13 + "|")
     for task, (prompt, _) in vlmrm.JUDGED.items():
         of_task = [row for row in rows if row["task"] == task]
         for settings in sorted({tuple(row[key] for key in SETTINGS) for row in of_task}):
             model, alpha, pink, gamma, azimuth, steps = settings
             some = [row for row in of_task if tuple(row[key] for key in SETTINGS) == settings]
-            rewards = [np.mean([row[key] for row in some]) for key in ("reward_at_the_end", "reward_of_goal_poses")]
-            ceiling = [f"{float(ceilings[task][key]):.0%}" for key in ("success", "success_held") if task in ceilings]
+            keys = "reward_at_the_end", "reward_of_goal_poses"
+            rewards = [np.mean([row[key] for row in some]) for key in keys]
+            ceiling = ceilings.get(task, {})
+            keys = "success", "success_held"
+            ceiling = [f"{float(ceiling[key]):.0%}" for key in keys if ceiling]
             minutes = [f"{row['seconds'] / 60:.0f}" for row in some if "seconds" in row]
             name = task + f", {model}" * (model != vlmrm.EMBEDDED_CLIP)
             name += f", alpha {alpha:g}" * (alpha != 0.5) + f", --pink {pink:g}" * (pink > 0)
@@ -94,11 +116,12 @@ def print_table(rows: list[dict], ceilings: dict):
                 f"{steps:,.0f}",
                 ", ".join(minutes),
             ]
-            print("|", " | ".join(map(str, cells)), "|", f"{PAPER[task]:.0%} |" if task in PAPER else "|")
+            paper = f"{PAPER[task]:.0%} |" if task in PAPER else "|"
+            print("|", " | ".join(map(str, cells)), "|", paper)
 
 
 def draw_gallery(runs: list[dict], path: Path):
-    """The first episode of each task's best run, from CLIP's camera: the eight, then the compositions."""
+    """The first episode of each task's best run, from CLIP's camera: the eight, then the others."""
     size, best = 160, {}
     for run in sorted(runs, key=lambda run: run["reward"]):
         best[run["task"]] = run
@@ -107,25 +130,31 @@ def draw_gallery(runs: list[dict], path: Path):
         with Image.open(best[task]["folder"] / "video.gif") as video:
             for k, frame in enumerate(frames):
                 video.seek(2 * k)
-                view = video.convert("RGB").crop((0, 0, 240, 240)).resize((size, size), Image.Resampling.BICUBIC)
-                ImageDraw.Draw(view).text((4, size - 14), f"{task}: {best[task]['success']:.0%}", "black")
+                view = video.convert("RGB").crop((0, 0, 240, 240))
+                view = view.resize((size, size), Image.Resampling.BICUBIC)
+                text = f"{task}: {best[task]['success']:.0%}"
+                ImageDraw.Draw(view).text((4, size - 14), text, "black")
                 frame.paste(view, (i % 4 * size, i // 4 * size))
-    frames[0].save(path, save_all=True, append_images=frames[1:] + frames[-1:] * 5, duration=180, loop=0)
+    others = frames[1:] + frames[-1:] * 5  # the last one stays for a while
+    frames[0].save(path, save_all=True, append_images=others, duration=180, loop=0)
 
 
 def draw_alphas(rows: list[dict], path: Path):
-    """Kneeling by alpha: success, and the steps until an evaluation first succeeds in 80% of its episodes."""
-    figure, (left, right) = vlmrm.panels(2, "Kneeling by alpha: a point is a seed, the line their mean", xlabel="alpha")
+    """Kneeling by alpha: success, and the steps until an evaluation has 80% of it."""
+    caption = "Kneeling by alpha: a point is a seed, the line their mean"
+    figure, (left, right) = panels(2, caption, xlabel="alpha")
     alphas = sorted({row["alpha"] for row in rows})
     for row in rows:
-        metrics = vlmrm.read_metrics(RUNS / f"{name_of(row)}.csv")
-        row["to80"] = next((step["steps"] for step in metrics if step.get("eval_success", 0) >= 0.8), np.nan)
+        metrics = read_metrics(RUNS / f"{name_of(row)}.csv")
+        there = (step["steps"] for step in metrics if step.get("eval_success", 0) >= 0.8)
+        row["to80"] = next(there, np.nan)
     for axis, key, label, color in (
         (left, "success", "in half of the steps", "C1"),
         (left, "success_held", "held through the last 20", "C2"),
         (right, "to80", "", "C0"),
     ):
-        axis.plot([row["alpha"] for row in rows], [row[key] for row in rows], "o", ms=4, alpha=0.5, color=color)
+        points = [row["alpha"] for row in rows], [row[key] for row in rows]
+        axis.plot(*points, "o", ms=4, alpha=0.5, color=color)
         means = [np.mean([row[key] for row in rows if row["alpha"] == alpha]) for alpha in alphas]
         axis.plot(alphas, means, color=color, label=label)
     left.set(ylabel="success", ylim=(-0.02, 1.02))
@@ -137,7 +166,10 @@ def draw_alphas(rows: list[dict], path: Path):
 
 
 def print_parts(run: Path):
-    """The CLIP reward of 16 episodes, and in what share of their steps the policy does what, by spans of 20 steps."""
+    """Of 16 episodes, the CLIP reward, and in what share of their steps the policy does what.
+
+    Both by spans of 20 steps.
+    """
     config = json.loads((run / "config.json").read_text())
     clip = vlmrm.CLIP(config["model"])
     reward_fn = vlmrm.VLMReward(clip, config["prompt"], config["baseline"], config["alpha"])
@@ -149,25 +181,34 @@ def print_parts(run: Path):
 
     def act(obs):
         states.append([env.unwrapped.data.qpos.copy() for env in envs.envs])
-        return agent.best_action(obs)
+        return agent.deterministic_action(obs)
 
-    reward = sac.rollout(envs, act, 100, reward_fn, seed=2 * 10**9)[2]  # the first episodes of the judgement
-    print(f"{run.name:32} reward          ", *(f"{span.mean():5.2f}" for span in np.split(reward, 5)))
+    # the first episodes of the judgement
+    reward = sac.rollout(envs, act, 100, reward_fn, seed=2 * 10**9)[2]
+    print(
+        f"{run.name:32} reward          ", *(f"{span.mean():5.2f}" for span in np.split(reward, 5))
+    )
     pose = vlmrm.measure_states(vlmrm.Scene().model, np.concatenate(states))  # of 100 x 16 states
     for condition in PARTS:
         spans = np.split(vlmrm.holds(condition, pose), 5)
         if np.any(spans):
-            print(f"{run.name:32} {condition.__name__:16}", *(f"{span.mean():5.0%}" for span in spans))
+            shares = (f"{span.mean():5.0%}" for span in spans)
+            print(f"{run.name:32} {condition.__name__:16}", *shares)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Tables and pictures of finished runs, into assets/.")
+    about = "Tables and pictures of finished runs, into assets/."
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN")
     parser.add_argument("--gallery", action="store_true", help="draw the runs' videos side by side")
     parser.add_argument("--alphas", action="store_true", help="draw kneeling by alpha")
-    parser.add_argument("--parts", action="store_true", help="how often each policy holds which legs and arms")
+    meaning = "how often each policy holds which legs and arms"
+    parser.add_argument("--parts", action="store_true", help=meaning)
     args = parser.parse_args()
-    results = [json.loads((folder / "result.json").read_text()) | dict(folder=folder) for folder in args.runs]
+    results = []
+    for folder in args.runs:
+        result = json.loads((folder / "result.json").read_text())
+        results.append(result | dict(folder=folder))
     for result in results:
         config = json.loads((result["folder"] / "config.json").read_text())
         result |= {key: config[key] for key in ("pink", "gamma", "azimuth")}
@@ -179,16 +220,19 @@ def main():
     rows = {}
     for row in [*read(RUNS / "results.csv"), *results]:
         known = {key: row[key] for key in COLUMNS if row.get(key) not in (None, "")}
-        rows[name_of(row)] = rows.get(name_of(row), {}) | known  # a resumed run does not know its seconds
+        # a resumed run does not know its seconds: those of before stay
+        rows[name_of(row)] = rows.get(name_of(row), {}) | known
     for result in results:
         shutil.copy(result["folder"] / "metrics.csv", RUNS / f"{name_of(result)}.csv")
-    rows = sorted(rows.values(), key=lambda row: (row["task"], *(row[key] for key in SETTINGS), row["seed"]))
-    vlmrm.write_csv(RUNS / "results.csv", COLUMNS, rows)
+    order = "task", *SETTINGS, "seed"
+    rows = sorted(rows.values(), key=lambda row: [row[key] for key in order])
+    write_csv(RUNS / "results.csv", COLUMNS, rows)
     print_table(rows, {row["task"]: row for row in read(RUNS / "ceiling.csv")})
     if args.gallery:
         draw_gallery(results, ASSETS / "gallery.gif")
     if args.alphas:
-        usual = dict(task="kneeling", model=vlmrm.EMBEDDED_CLIP, pink=0, gamma=0.95, azimuth=180, steps=100_800)
+        usual = dict(task="kneeling", model=vlmrm.EMBEDDED_CLIP, pink=0, gamma=0.95)
+        usual |= dict(azimuth=180, steps=100_800)
         plain = [row for row in rows if usual.items() <= row.items()]
         draw_alphas(plain, ASSETS / "alpha.png")
 

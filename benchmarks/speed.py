@@ -1,12 +1,12 @@
-"""Times this project beside what one would otherwise write, in one run and on the same work: python benchmarks/speed.py
+"""Times this project beside what one would otherwise write, in one run and on the same work:
 
-    pip install stable-baselines3                          # besides the project's own requirements
     python benchmarks/speed.py                             # all rows, on the CPU
     python benchmarks/speed.py sac render                  # some of them
-    python benchmarks/speed.py vit --device cuda --models ViT-B-32 ViT-bigG-14      # encoders, with random weights
+    # encoders, with random weights
+    python benchmarks/speed.py vit --device cuda --models ViT-B-32 ViT-bigG-14
 
-Each row times two things in turn, A B A B ..., and gives the median of the ratios of neighbours, so that a machine that
-speeds up or slows down meanwhile does not decide. Run nothing beside it.
+Each row times two things in turn, A B A B ..., and gives the median of the ratios of neighbours, so
+that a machine that speeds up or slows down meanwhile does not decide. Run nothing beside it.
 """
 
 import argparse
@@ -28,6 +28,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
+from evaluation.states import load_states
 from torch.utils.flop_counter import FlopCounterMode
 
 OBS, ACT = 348, 17  # of the humanoid
@@ -35,7 +36,7 @@ PROMPT = vlmrm.TASKS["kneeling"][0]
 
 
 def compare(name, ours, other, unit, pairs, device="cpu"):
-    """ours and other: (function, how many units of work a call does). Prints and returns the rates."""
+    """ours, other: (function, units of work that a call does). Prints and returns the rates."""
     rates = [], []
     for i in range(pairs + 1):
         for (function, amount), kept in zip((ours, other), rates):
@@ -55,21 +56,26 @@ def compare(name, ours, other, unit, pairs, device="cpu"):
     return one, two
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # SAC updates
 
 
 class CleanRL:
-    """One SAC update as CleanRL's sac_continuous_action.py does it, eagerly; written anew, to be timed only."""
+    """One SAC update as CleanRL's sac_continuous_action.py does it, eagerly; only to be timed."""
 
     def __init__(self, device, hidden=256):
         def mlp(inputs, outputs):
             return nn.Sequential(
-                nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, outputs)
+                nn.Linear(inputs, hidden),
+                nn.ReLU(),
+                nn.Linear(hidden, hidden),
+                nn.ReLU(),
+                nn.Linear(hidden, outputs),
             ).to(device)
 
         self.critics, self.targets = ([mlp(OBS + ACT, 1) for _ in range(2)] for _ in range(2))
-        self.actor, self.log_alpha = mlp(OBS, 2 * ACT), torch.zeros(1, requires_grad=True, device=device)
+        self.actor = mlp(OBS, 2 * ACT)
+        self.log_alpha = torch.zeros(1, requires_grad=True, device=device)
         self.optimizers = [
             torch.optim.Adam(parameters, 1e-3)
             for parameters in (
@@ -96,15 +102,18 @@ class CleanRL:
     def update(self, obs, action, reward, next_obs, terminated):
         with torch.no_grad():
             next_action, next_log_prob = self.act(next_obs)
-            q = torch.min(*(target(torch.cat([next_obs, next_action], 1)) for target in self.targets))
+            next_pair = torch.cat([next_obs, next_action], 1)
+            q = torch.min(*(target(next_pair) for target in self.targets))
             y = reward + (1 - terminated) * 0.99 * (q - self.log_alpha.exp() * next_log_prob)
-        self.step(self.optimizers[0], sum(F.mse_loss(q(torch.cat([obs, action], 1)), y) for q in self.critics))
+        pair = torch.cat([obs, action], 1)
+        self.step(self.optimizers[0], sum(F.mse_loss(q(pair), y) for q in self.critics))
         self.count += 1
         for _ in range(2 * (self.count % 2)):  # the policy every second time, twice
             new_action, log_prob = self.act(obs)
             q = torch.min(*(critic(torch.cat([obs, new_action], 1)) for critic in self.critics))
             self.step(self.optimizers[1], (self.log_alpha.exp().detach() * log_prob - q).mean())
-            self.step(self.optimizers[2], -(self.log_alpha.exp() * (log_prob.detach() - ACT)).mean())
+            entropy_gap = log_prob.detach() - ACT
+            self.step(self.optimizers[2], -(self.log_alpha.exp() * entropy_gap).mean())
         for slow, fast in zip(self.targets, self.critics):
             for old, new in zip(slow.parameters(), fast.parameters()):
                 old.data.copy_(0.005 * new.data + 0.995 * old.data)
@@ -136,8 +145,10 @@ def matmul_shapes(batch, hidden=256):
         return [(m, n, k) for m, k, n in shapes]
 
     q, pi = forward(OBS + ACT, 1), forward(OBS, 2 * ACT)
-    critic_step = 2 * (q + q + to_weights(q) + to_inputs(q[1:])) + pi  # targets, values; the next action
-    return critic_step + 2 * (q + to_inputs(q)) + pi + to_weights(pi) + to_inputs(pi[1:])  # and the actor's
+    # of both critics the targets, the values and their gradients; the next action
+    critic_step = 2 * (q + q + to_weights(q) + to_inputs(q[1:])) + pi
+    actor_step = 2 * (q + to_inputs(q)) + pi + to_weights(pi) + to_inputs(pi[1:])
+    return critic_step + actor_step
 
 
 def bench_sac(args):
@@ -148,7 +159,9 @@ def bench_sac(args):
         config = sac.Config(batch_size=batch)
         agent = sac.SAC(Spaces.observation_space, Spaces.action_space, config, args.device)
         buffer = sac.ReplayBuffer(20_000, OBS, ACT)
-        buffer.add(torch.randn(20_000, 2 * OBS + ACT + 2) * (torch.arange(2 * OBS + ACT + 2) < 2 * OBS + ACT + 1))
+        width = 2 * OBS + ACT + 2
+        rows = torch.randn(20_000, width)
+        buffer.add(rows * (torch.arange(width) < width - 1))  # the last column: none terminated
         agent.norm.update(buffer.data[:, :OBS].to(args.device))
         sb3 = stable_baselines3.SAC(
             "MlpPolicy",
@@ -233,22 +246,22 @@ def bench_sac(args):
         )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Frames
 
 
 def poses(count):
     """Different states, qpos (count, 24)."""
-    with np.load(vlmrm.EVALUATION_STATES) as file:
-        states = file["states"]
-    return states[np.linspace(0, len(states) - 1, count).astype(int)].astype(float)
+    states, _ = load_states()
+    return states[np.linspace(0, len(states) - 1, count).astype(int)]
 
 
 class Usual:
-    """Pipeline (c): gymnasium's render at 480 x 480, a bicubic resize in float by torchvision, CLIP in fp32."""
+    """Pipeline (c): gymnasium's render at 480 x 480, torchvision's bicubic resize, CLIP in fp32."""
 
     def __init__(self, clip):
-        self.env, self.clip = gymnasium.make("Humanoid-v5", render_mode="rgb_array", width=480, height=480), clip
+        settings = dict(render_mode="rgb_array", width=480, height=480)
+        self.env, self.clip = gymnasium.make("Humanoid-v5", **settings), clip
         self.env.reset(seed=0)
         self.reward = vlmrm.VLMReward(clip, PROMPT)
 
@@ -256,15 +269,18 @@ class Usual:
         if qpos is not None:
             self.env.unwrapped.set_state(qpos, np.zeros(23))
         renderer = self.env.unwrapped.mujoco_renderer
-        renderer._get_viewer("rgb_array").make_context_current()  # ours may be: Gymnasium expects to be alone
+        # ours may be current: Gymnasium expects to be alone
+        renderer._get_viewer("rgb_array").make_context_current()
         return self.env.render()
 
     @torch.no_grad()
     def label(self, frames):
         x = torch.from_numpy(frames.copy()).permute(0, 3, 1, 2).to(self.clip.device).float() / 255
-        x = TF.resize(x, list(self.clip.size), TF.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
+        bicubic = TF.InterpolationMode.BICUBIC
+        x = TF.resize(x, list(self.clip.size), bicubic, antialias=True).clamp(0, 1)
         state = self.clip.model.encode_image((x - self.clip.mean) / self.clip.std)
-        return vlmrm.goal_baseline_reward(state, self.reward.goal, self.reward.baseline, 0.5).cpu().numpy()
+        goal, baseline = self.reward.goal, self.reward.baseline
+        return vlmrm.goal_baseline_reward(state, goal, baseline, 0.5).cpu().numpy()
 
 
 def bench_render(args):
@@ -283,9 +299,10 @@ def bench_render(args):
 def print_agreement(name, bf16, fp32, frames):
     rewards = [vlmrm.VLMReward(clip, PROMPT)(frames) for clip in (bf16, fp32)]
     ranks, apart = [r.argsort().argsort() for r in rewards], np.abs(rewards[0] - rewards[1]).max()
+    correlation = np.corrcoef(*ranks)[0, 1]
     print(
         f"{name}: {len(frames)} rewards in bf16 and fp32 differ by at most {apart:.1e}; "
-        f"they spread over {np.ptp(rewards[1]):.1e}; rank correlation {np.corrcoef(*ranks)[0, 1]:.5f}"
+        f"they spread over {np.ptp(rewards[1]):.1e}; rank correlation {correlation:.5f}"
     )
 
 
@@ -296,10 +313,14 @@ def bench_label(args):
     def ours():
         reward(vlmrm.render_states(scene, states))
 
-    for how, theirs in (
-        ("one at a time", lambda: [usual.label(usual.render(qpos)[None]) for qpos in states[::32]]),
-        ("in batches", lambda: usual.label(np.stack([usual.render(qpos) for qpos in states[::32]]))),
-    ):
+    def one_at_a_time():
+        for qpos in states[::32]:
+            usual.label(usual.render(qpos)[None])
+
+    def in_batches():
+        usual.label(np.stack([usual.render(qpos) for qpos in states[::32]]))
+
+    for how, theirs in (("one at a time", one_at_a_time), ("in batches", in_batches)):
         compare(
             f"labelled frames, embedded CLIP: ours, pipeline (c) {how}",
             (ours, len(states)),
@@ -332,7 +353,8 @@ def random_clip(name, device, precision):
 
 def operations(model, x):
     """Floating-point operations of the image tower for x, an addition and a multiplication each."""
-    torch.backends.mha.set_fastpath_enabled(False)  # on it, the counter misses the products of the attention layers
+    # on the fast path, the counter misses the products of the attention layers
+    torch.backends.mha.set_fastpath_enabled(False)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.encode_image(x)
     torch.backends.mha.set_fastpath_enabled(True)
@@ -360,7 +382,8 @@ def bench_vit(args):
             args.device,
         )
         work = operations(clip.model, ready[:1])
-        print(f"{name}: {work / 1e9:.1f} GFLOP a frame, so its encoder alone does {work * rate / 1e12:.3g} TFLOP/s")
+        speed = f"its encoder alone does {work * rate / 1e12:.3g} TFLOP/s"
+        print(f"{name}: {work / 1e9:.1f} GFLOP a frame, so {speed}")
         reward, scene = vlmrm.VLMReward(clip, PROMPT), vlmrm.Scene(clip.size)
         compare(
             f"{name} in bf16: rendering and rewards, its encoder alone",
@@ -379,18 +402,18 @@ def bench_vit(args):
             args.device,
         )
         if args.device == "cpu":
-            usual = Usual(fp32)
+            usual, some = Usual(fp32), states[::16]
             compare(
                 f"labelled frames, {name}: ours in bf16, pipeline (c) one at a time",
                 (lambda: reward(vlmrm.render_states(scene, states)), len(states)),
-                (lambda: [usual.label(usual.render(qpos)[None]) for qpos in states[::16]], len(states[::16])),
+                (lambda: [usual.label(usual.render(qpos)[None]) for qpos in some], len(some)),
                 "frames/s",
                 args.pairs,
             )
         print_agreement(f"{name}, random weights", clip, fp32, frames)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The whole loop
 
 
@@ -439,28 +462,30 @@ def bench_loop(args):
     )
 
 
-BENCHMARKS = dict(sac=bench_sac, render=bench_render, label=bench_label, vit=bench_vit, loop=bench_loop)
+BENCHMARKS = dict(sac=bench_sac, render=bench_render, label=bench_label)
+BENCHMARKS |= dict(vit=bench_vit, loop=bench_loop)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Times this project beside the usual ways. Run nothing beside it.")
+    about = "Times this project beside the usual ways. Run nothing beside it."
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("what", nargs="*", choices=[*BENCHMARKS, []], help="which; left out: all")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--models", nargs="+", default=["ViT-B-32"], help="open_clip architectures, for vit")
+    meaning = "open_clip architectures, for vit"
+    parser.add_argument("--models", nargs="+", default=["ViT-B-32"], help=meaning)
     parser.add_argument("--frames", type=int, default=64, help="in a call, for vit")
     args = parser.parse_args()
-    cpu = (
-        next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), "")
-        if platform.system() == "Linux"
-        else platform.processor()
-    )
+    cpu = platform.processor()
+    if platform.system() == "Linux":
+        names = (line.split(":")[1] for line in open("/proc/cpuinfo") if "model name" in line)
+        cpu = next(names, "").strip()
     import stable_baselines3
 
-    versions = ", ".join(
-        f"{module.__name__} {module.__version__}" for module in (torch, open_clip, gymnasium, mujoco, stable_baselines3)
-    )
-    print(f"{cpu}, {torch.get_num_threads()} threads, {args.device}; {versions}; medians of {args.pairs} pairs")
+    modules = torch, open_clip, gymnasium, mujoco, stable_baselines3
+    versions = ", ".join(f"{module.__name__} {module.__version__}" for module in modules)
+    where = f"{cpu}, {torch.get_num_threads()} threads, {args.device}"
+    print(f"{where}; {versions}; medians of {args.pairs} pairs")
     print(f"{'':66} {'ours':>9} {'other':>9} {'':10} {'ratio':>8}")
     for name in args.what or BENCHMARKS:
         BENCHMARKS[name](args)

@@ -1,0 +1,130 @@
+"""To be skipped at a first reading. The command line: python vlmrm.py --help."""
+
+import argparse
+import inspect
+import sys
+import textwrap
+from dataclasses import fields
+from pathlib import Path
+
+import sac
+from evaluation.evaluate import evaluate
+from vlmrm import BASELINE_PROMPT, CAMERA, EMBEDDED_CLIP, JUDGED, TASKS
+
+from support.training import play, train
+
+COMMANDS = dict(train=train, evaluate=evaluate, play=play)
+
+
+def add(group, name: str, meaning: str, **settings):
+    if type(settings.get("default")) in (int, float):  # others say in words what happens without
+        meaning += " (default: %(default)s)"
+    group.add_argument(name, help=meaning, **settings)
+
+
+def add_clip(group, **several):
+    """What both commands ask of a CLIP."""
+    meaning = "NAME/TAG from open_clip's list, hf-hub:REPO or local-dir:PATH. Left out: tinyclip, "
+    meaning += "embedded here, trained on pictures of this robot, a stand-in and not zero-shot"
+    add(group, "--model", meaning, default=[EMBEDDED_CLIP] if several else EMBEDDED_CLIP, **several)
+    precisions = dict(choices=("fp32", "fp16", "bf16"), default="fp32")
+    add(group, "--precision", "of CLIP's weights. Left out: fp32", **precisions)
+    add(group, "--device", "cpu, cuda, cuda:1, ... Left out: cuda where there is one")
+    meaning = f"the scene without the goal; several are averaged. Left out: {BASELINE_PROMPT}"
+    add(group, "--baseline", meaning, action="append", metavar="PROMPT")
+
+
+def add_train(command):
+    group = command.add_argument_group("the task")
+    add(group, "prompt", "the goal in a sentence, or in several to be averaged", nargs="*")
+    meaning = "one of the paper's eight, or a combination that tinyclip was never shown: its "
+    meaning += "prompt, unless another is given, and its success condition. Left out: kneeling"
+    add(group, "--task", meaning, choices=JUDGED)
+    meaning = "strength of the projection, from 0 (plain CLIP) to 1"
+    add(group, "--alpha", meaning, type=float, default=0.5)
+    add_clip(command.add_argument_group("the CLIP"))
+    group = command.add_argument_group("the scene")
+    looks = dict(choices=["realistic", "original"], default="realistic")
+    add(group, "--look", "the colours; original is Gymnasium's own. Left out: realistic", **looks)
+    add(group, "--distance", "of the camera, in m", type=float, default=CAMERA["distance"])
+    meaning = "of its gaze, in degrees"
+    add(group, "--elevation", meaning, type=float, default=CAMERA["elevation"])
+    meaning = "in degrees: 180 sees the front"
+    add(group, "--azimuth", meaning, type=float, default=CAMERA["azimuth"])
+    group = command.add_argument_group("learning, by SAC. In [brackets]: the paper's, if different")
+    add(group, "--envs", "environments that step together [32]", type=int, default=16)
+    for field in fields(sac.Config):
+        flag, kind = "--" + field.name.replace("_", "-"), field.type
+        add(group, flag, field.metadata["help"], type=kind, default=field.default)
+    group = command.add_argument_group("the output")
+    add(group, "--episodes", "episodes of the final judgement", type=int, default=100)
+    meaning = "folder; left out: runs/TASK-seedN, and in its name any unusual model, alpha, pink, "
+    add(group, "--out", meaning + "gamma, azimuth", type=Path)
+    add(group, "--overwrite", "replace a run that is already there", action="store_true")
+    meaning = "go on with the interrupted run in this folder, with the settings it was begun with"
+    add(group, "--resume", meaning, type=Path, metavar="RUN")
+
+
+def add_evaluate(command):
+    meaning = f"of {', '.join(TASKS)}. Left out: all eight"
+    add(command, "--task", meaning, nargs="+", choices=TASKS, metavar="TASK")
+    alphas = [0, 0.25, 0.5, 0.75, 1]
+    meaning = "the middle one is drawn where a figure needs one. Left out: "
+    meaning += " ".join(map(str, alphas))
+    add(command, "--alpha", meaning, nargs="+", type=float, default=alphas)
+    add_clip(command, nargs="+")
+    add(command, "--out", "folder of the figures; left out: runs/evaluate", type=Path)
+    add(command, "--overwrite", "replace an evaluation already there", action="store_true")
+
+
+def add_play(command):
+    add(command, "run", "folder of a finished training, such as runs/kneeling-seed0", type=Path)
+    add(command, "--episodes", "how many", type=int, default=3)
+    add(command, "--seed", "of the first episode; others have other seeds", type=int, default=0)
+    add(command, "--out", "a GIF to write, in place of a window or RUN/play.gif", type=Path)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="vlmrm.py",
+        description="One sentence in, a trained humanoid out.",
+        epilog="Without a command: train, on the sentence that is given, or on kneeling. "
+        "Each command has its own --help.",
+    )
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, short_help, add_options in (
+        ("train", "train a policy on a sentence", add_train),
+        ("evaluate", "judge rewards before training on them", add_evaluate),
+        ("play", "show a trained policy in new episodes", add_play),
+    ):
+        command = commands.add_parser(
+            name,
+            help=short_help,
+            description=inspect.getdoc(COMMANDS[name]),
+            usage="vlmrm.py train [PROMPT ...] [OPTIONS]" if name == "train" else None,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        add_options(command)
+    return top
+
+
+def main(argv: list[str] | None = None):
+    argv = list(sys.argv[1:] if argv is None else argv)
+    words = {*COMMANDS, "-h", "--help"}
+    if not argv or " " in argv[0] or argv[0].startswith("-") and not words & set(argv):
+        argv.insert(0, "train")
+    args = parser().parse_args(argv)
+    args.typed = argv
+    try:
+        COMMANDS[args.command](args)
+    except (ValueError, OSError) as error:  # OSError: a full disk, a folder that is not ours
+        sys.exit(f"error: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
+            raise
+        why = textwrap.shorten(str(error), 160, placeholder="...")
+        advice = "use a smaller model, --precision fp16, or smaller --hidden, --batch-size, "
+        sys.exit(f"error: not enough memory ({why}): {advice}--buffer-size, --envs")
+    except KeyboardInterrupt:
+        sys.exit("interrupted. A training goes on from its last round by train --resume RUN")
