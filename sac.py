@@ -70,6 +70,9 @@ class Config:
                 kind = "whole number" if option.type is int else "number"
                 raise ValueError(f"{name} is {value}; it has to be a {kind}, {least} to {most:g}")
             setattr(self, name, option.type(value))  # 1e6 is a whole number too
+        if self.learning_starts > self.steps:
+            given = f"learning_starts is {self.learning_starts}, of {self.steps} steps in all"
+            raise ValueError(f"{given}: nothing would be learned")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -175,7 +178,8 @@ class ReplayBuffer:
 class SAC(nn.Module):
     """Actor, critics, temperature, and an update of them all.
 
-    Raises ValueError unless observations and actions are Boxes of one dimension.
+    Raises ValueError unless observations and actions are Boxes of one dimension, and actions have
+    finite bounds.
     """
 
     def __init__(
@@ -185,6 +189,8 @@ class SAC(nn.Module):
         for space in observation_space, action_space:
             if not isinstance(space, Box) or len(space.shape) != 1:
                 raise ValueError(f"a space is {space}; it has to be a Box of one dimension")
+        if not np.isfinite(action_space.high - action_space.low).all():
+            raise ValueError(f"actions are {action_space}; they need finite bounds")
         torch.manual_seed(config.seed)
         obs_size, act_size = observation_space.shape[0], action_space.shape[0]
         self.obs_size, self.act_size, self.config, self.device = obs_size, act_size, config, device
@@ -403,6 +409,8 @@ def train(
         # (below, the same each time) at 10^9, those of a final judgement (in main) at 2 * 10^9.
         seed = 10**10 * (config.seed + 1) + start
         played = rollout(envs, act, config.round_steps, reward_fn, seed)
+        if not np.isfinite(played.obs).all():
+            raise ValueError("observations of the environments are NaN or infinite")
         row = dict(steps=steps, reward=float(played.reward.mean()), success=played.success.T)
 
         # Move the transitions to the replay buffer.

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import http.server
 import importlib
+import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -30,6 +31,7 @@ import gymnasium
 import hypothesis
 import hypothesis.extra.numpy as npst
 import hypothesis.strategies as st
+import matplotlib
 import mujoco
 import nbclient
 import nbformat
@@ -39,21 +41,25 @@ import pytest
 import safetensors.torch
 import stable_baselines3
 import support.command_line
+import support.training
 import torch
 import torch.nn as nn
+from evaluation.evaluate import remove_evaluation
 from evaluation.states import goal_states, pose_path
 from gymnasium.spaces import Box, Discrete
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from PIL import Image
-from support.command_line import main
+from matplotlib.font_manager import fontManager
+from support.command_line import interrupted, main
+from support.pictures import fonts_for
 from support.processes import check_same_start, share, shared_update
 from support.runs import Checkpoint, atomic_open, read_metrics, save_policy, write_csv
 from tinyclip import captions, make, poses
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 ROOT = Path(vlmrm.__file__).parent
-KNEELING = "a humanoid robot kneeling"
+KNEELING, BASELINE = "a humanoid robot kneeling", "a humanoid robot"
 RULER = "# " + "-" * 98 + "\n"
 
 
@@ -69,7 +75,9 @@ def run_alone(folder, code, *words, **settings):
     """A new Python, in a folder; what it printed is its stdout."""
     command = [sys.executable, "-c", code, *words]
     settings = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH="") | settings
-    process = subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True)
+    process = subprocess.run(
+        command, cwd=folder, env=settings, capture_output=True, text=True, timeout=600
+    )
     assert process.returncode == 0, process.stderr
     return process
 
@@ -471,7 +479,7 @@ def test_rewards_in_half_precision_are_close_to_those_in_fp32(saved, precision):
     half = vlmrm.CLIP(name, precision=precision)
     for alpha in 0, 0.5:
         ours, expected = (
-            vlmrm.VLMReward(model, KNEELING, alpha=alpha)(frames(224, 224))
+            vlmrm.VLMReward(model, KNEELING, BASELINE, alpha)(frames(224, 224))
             for model in (half, full)
         )
         assert ours.dtype == np.float32
@@ -533,10 +541,10 @@ def test_towers_of_different_width_and_a_model_of_nans_are_refused_at_once(clip,
     wide = clip.embed_images
     monkeypatch.setattr(clip, "embed_images", lambda frames: wide(frames)[:, :32])
     with pytest.raises(ValueError, match=r"\(1, 32\), \(64,\)"):
-        vlmrm.VLMReward(clip, KNEELING)
+        vlmrm.VLMReward(clip, KNEELING, BASELINE)
     monkeypatch.setattr(clip, "embed_images", lambda frames: wide(frames) * np.nan)
     with pytest.raises(ValueError, match="NaN"):
-        vlmrm.VLMReward(clip, KNEELING)
+        vlmrm.VLMReward(clip, KNEELING, BASELINE)
 
 
 @pytest.mark.parametrize(
@@ -988,7 +996,7 @@ def test_rewards_that_are_not_one_number_a_frame_are_refused(reward):
         return np.array([reward] * len(images), dtype=float)
 
     with pytest.raises(ValueError, match="number each"):
-        learn(160, reward_fn)
+        learn(160, reward_fn, learning_starts=160)
     vector = vlmrm.VLMRewardVectorWrapper(SyncVectorEnv([pendulum]), reward_fn)
     for env in vlmrm.VLMRewardWrapper(pendulum(), reward_fn), vector:
         env.reset(seed=0)
@@ -997,7 +1005,8 @@ def test_rewards_that_are_not_one_number_a_frame_are_refused(reward):
 
 
 def test_stable_baselines3_learns_from_a_clip_reward(clip):
-    env = vlmrm.VLMRewardWrapper(pendulum(), vlmrm.VLMReward(clip, "a pole standing upright"))
+    reward_fn = vlmrm.VLMReward(clip, "a pole standing upright", "a pole")
+    env = vlmrm.VLMRewardWrapper(pendulum(), reward_fn)
     env.reset(seed=0)
     _, reward, *_ = env.step(np.zeros(1, np.float32))
     close(reward, env.reward_fn(env.render()[None].copy())[0], 1e-6)
@@ -1027,7 +1036,7 @@ def test_mistakes_in_a_call_are_named():
         (lambda: vlmrm.VLMRewardWrapper(gymnasium.make("CartPole-v1"), brightness), "rgb_array"),
         (lambda: vlmrm.VLMRewardVectorWrapper(same_step, brightness), "NEXT_STEP or DISABLED"),
         (lambda: learn(160, learning_starts=1, learning_rate=1e30), "learning_rate"),
-        (lambda: learn(160, buffer_size=100), "buffer_size"),
+        (lambda: learn(160, learning_starts=160, buffer_size=100), "buffer_size"),
     ):
         with pytest.raises(ValueError, match=word):
             mistake()
@@ -1083,10 +1092,10 @@ def test_sections_1_and_2_need_torch_open_clip_and_numpy(tmp_path, clip):
     np.save(tmp_path / "frames.npy", frames(96, 96))
     names = "vlmrm sac support evaluation tinyclip mujoco gymnasium matplotlib".split()
     code = WITHOUT.format(missing=f"name.partition('.')[0] in {names}")
-    code += f"reward_fn = VLMReward(CLIP(sys.argv[1]), {KNEELING!r})\n"
+    code += f"reward_fn = VLMReward(CLIP(sys.argv[1]), {KNEELING!r}, {BASELINE!r})\n"
     code += "print(json.dumps(reward_fn(np.load('frames.npy')).tolist()))"
     rewards = json.loads(run_alone(tmp_path, code, f"local-dir:{ROOT / 'tinyclip'}").stdout)
-    close(rewards, vlmrm.VLMReward(clip, KNEELING)(frames(96, 96)), 1e-5)
+    close(rewards, vlmrm.VLMReward(clip, KNEELING, BASELINE)(frames(96, 96)), 1e-5)
 
 
 def test_two_files_and_the_weights_are_enough_to_train(tmp_path):
@@ -1504,7 +1513,8 @@ def test_a_disk_that_is_full_and_ctrl_c_end_in_one_line_and_lose_nothing(tmp_pat
     stopped = start(*settings, tmp_path / "stopped")
     wait_for(tmp_path / "stopped/checkpoint/state.pt", stopped)
     stopped.send_signal(signal.SIGINT)
-    for job, words, name in (full, "File too large", "full"), (stopped, "--resume RUN", "stopped"):
+    resume = f"--resume {tmp_path / 'stopped'}"
+    for job, words, name in (full, "File too large", "full"), (stopped, resume, "stopped"):
         *_, line = job.communicate()[0].strip().splitlines()
         assert job.returncode == 1 and words in line
         assert len(read_metrics(tmp_path / name / "metrics.csv")) >= 1
@@ -1681,13 +1691,13 @@ def test_a_small_clip_learns_and_is_loaded_by_its_folder(first_states, tmp_path,
     with torch.no_grad():
         expected = nn.functional.normalize(model.encode_image(x), dim=-1)
     close(clip.embed_images(images), expected, 2e-2)  # the weights are saved in fp16
-    assert np.isfinite(vlmrm.VLMReward(clip, KNEELING)(images)).all()
+    assert np.isfinite(vlmrm.VLMReward(clip, KNEELING, BASELINE)(images)).all()
 
 
 def test_climbing_poses_earn_more_and_stay_out_of_what_is_held_out():
     rng = np.random.default_rng(0)
     states = poses.climb(KNEELING, rng, "tinyclip", climbers=6, tries=12).astype(float)
-    reward_fn = vlmrm.VLMReward(vlmrm.CLIP(), KNEELING)
+    reward_fn = vlmrm.VLMReward(vlmrm.CLIP(), KNEELING, BASELINE)
     # the same six climbers
     early, middle, late = (reward_fn(vlmrm.render_states(SCENE, part)) for part in states)
     assert states.shape == (3, 6, 24) and late.mean() > early.mean() + 0.01
@@ -1800,6 +1810,10 @@ class Scripts:
         torch.set_num_threads(threads)
         return module
 
+    def learn_at_the_end(self):
+        few = functools.partial(sac.Config, learning_starts=1600, updates_per_step=0.01)
+        self.patch.setattr(sac, "Config", few)
+
     def climb(self, module, words):
         return f"--task standing --climbers 2 --tries 3 --out {self.folder / 'climb.png'}"
 
@@ -1809,6 +1823,7 @@ class Scripts:
         for name, count in dict(scripted=3, between=4, settled=2, random_policy=2).items():
             self.patch.setattr(getattr(module, name), "__defaults__", (count,))
         self.patch.setattr(module.policy, "__defaults__", (1600,))
+        self.learn_at_the_end()
         return ""
 
     def make(self, module, words):
@@ -1820,6 +1835,7 @@ class Scripts:
         self.patch.setattr(poses, "arm_library", lambda *_: arms)
         self.patch.setattr(poses, "make_states", lambda *_: self.first_states)
         self.patch.setattr(poses.climb, "__defaults__", (2, 3, 0.5))
+        self.learn_at_the_end()
         visit = poses.on_policy_states
         few = lambda prompt, seed, steps, _, folder: visit(prompt, seed, steps, 80, folder)  # noqa: E731
         self.patch.setattr(poses, "on_policy_states", few)
@@ -1831,6 +1847,7 @@ class Scripts:
         evaluate = sac.evaluate
         few = lambda envs, act, reward_fn, *_: evaluate(envs, act, reward_fn, 4, 0, 100)  # noqa: E731
         self.patch.setattr(sac, "evaluate", few)
+        self.learn_at_the_end()
         return f"--steps 1600 --out {self.folder / 'ceiling.csv'}"
 
     def results(self, module, words):
@@ -2062,3 +2079,173 @@ def test_readmes_lines_of_python_run(run, tmp_path, monkeypatch):
         block = re.sub(r'\bCLIP\("[^"]*"', 'CLIP("tinyclip"', block)
         exec(re.sub(r"learn\([\d_]+", "learn(150", block), names)
     assert names["rewards"].shape == (3,) and np.isfinite(names["rewards"]).all()
+
+
+# --------------------------------------------------------------------------------------------------
+# What people trip over
+
+
+def small(name="Hopper-v5", **settings):
+    settings = dict(render_mode="rgb_array", width=48, height=48) | settings
+    env = gymnasium.make(name, **settings)
+    env.reset(seed=0)
+    return env
+
+
+def test_a_wrapped_environment_is_drawn_as_if_it_were_alone():
+    env = vlmrm.VLMRewardWrapper(small(), brightness)
+    env.reset(seed=0)
+    still = np.zeros(3, np.float32)
+    alone = [env.step(still)[1] for _ in range(3)]
+    env.reset(seed=0)
+    several = vlmrm.VLMRewardVectorWrapper(SyncVectorEnv([small] * 2), brightness)
+    several.reset(seed=0)
+    for reward in alone:
+        other = small("HalfCheetah-v5")
+        other.render(), picture(vlmrm.Scene((48, 48)))
+        other.close()
+        assert env.step(still)[1] == reward
+        assert several.step(np.zeros((2, 3), np.float32))[1][0] == reward  # the other has seed 1
+
+
+def test_somebody_elses_sac_py_is_named(tmp_path):
+    (tmp_path / "sac.py").write_text("class SAC: pass")
+    code = f"import sys\nsys.path.append({str(ROOT)!r})\n"
+    code += "try: import vlmrm\nexcept ImportError as error: print(error)"
+    said = run_alone(tmp_path, code).stdout
+    assert str(ROOT / "vlmrm.py") in said and str(tmp_path / "sac.py") in said
+
+
+class Undrawn(Point):
+    def render(self):
+        return None
+
+
+class Unseen(Point):
+    def step(self, action):
+        return np.full(2, np.nan, np.float32), *super().step(action)[1:]
+
+
+def see_nothing():
+    envs = points(env=Unseen)
+    next(sac.train(point_agent(steps=160, learning_starts=160, round_steps=20), envs, envs, None))
+
+
+def step_wrapped(env, wrapper=vlmrm.VLMRewardWrapper):
+    env = wrapper(env, brightness)
+    env.reset(seed=0)
+    env.step(env.action_space.sample())
+
+
+@pytest.mark.parametrize(
+    "mistake, words",
+    [
+        (lambda: sac.SAC(box(3), box(2, -np.inf, np.inf), sac.Config()), "finite bounds"),
+        (lambda: sac.Config(steps=1600), "nothing would be learned"),
+        (see_nothing, "observations .* NaN"),
+        (lambda: vlmrm.VLMReward(vlmrm.CLIP(), "a red cube"), "baseline_prompt"),
+        (lambda: step_wrapped(Undrawn()), "NoneType; wanted is a frame"),
+        (lambda: step_wrapped(SyncVectorEnv([Undrawn]), vlmrm.VLMRewardVectorWrapper), "NoneType"),
+        (lambda: step_wrapped(type("Listing", (Point,), dict(render=lambda _: [1]))()), "list"),
+    ],
+)
+def test_what_was_silently_wrong_is_refused(mistake, words):
+    with pytest.raises(ValueError, match=words):
+        mistake()
+
+
+def test_alpha_0_needs_no_baseline_and_a_wrapper_passes_gymnasiums_whole_checker(clip):
+    images, zero = frames(96, 96), vlmrm.VLMReward(clip, KNEELING, alpha=0)
+    close(zero(images), vlmrm.VLMReward(clip, KNEELING, BASELINE, 0)(images), 1e-6)
+    check_env(vlmrm.VLMRewardWrapper(pendulum(), brightness))
+
+
+def test_a_forgotten_quote_and_a_training_without_learning_are_named(error):
+    assert '"a humanoid robot kneeling"' in error(*"a humanoid robot kneeling".split())
+    assert "learning_starts" in error("--steps", 1600)
+
+
+def test_several_prompts_of_a_word_are_meant_where_words_have_no_spaces():
+    for prompts in ["跪着的人形机器人", "下跪的机器人"], ["bowing"], ["a robot", "bowing"], []:
+        support.training.check_quotes(prompts)
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for words in ["train", "--out=~/a", "--resume=~/a"], ["play", "~/a"], ["evaluate", "--out=~/a"]:
+        args = vars(parse(words))
+        folders = [args[key] for key in ("out", "resume", "run") if args.get(key)]
+        assert folders and set(folders) == {tmp_path / "a"}
+
+
+def test_overwriting_removes_what_a_run_left_through_links_and_nothing_else(tmp_path):
+    real, out, disk = tmp_path / "real", tmp_path / "link", tmp_path / "disk"
+    real.mkdir(), disk.mkdir()
+    out.symlink_to(real)
+    (real / "checkpoint").symlink_to(disk)
+    ours = "policy.pt", "result.json", "play.gif", "curve.png.part", "checkpoint/round0.npy"
+    for name in ("config.json", "metrics.csv", *ours, "thesis.tex", "policy.pt.old"):
+        (real / name).write_text("")
+    support.training.begin_folder(out, True, {})
+    kept = {"config.json", "metrics.csv", "checkpoint", "thesis.tex", "policy.pt.old"}
+    assert {file.name for file in real.iterdir()} == kept and not list(disk.iterdir())
+    assert (real / "metrics.csv").read_text().startswith("steps,")
+    (real / "checkpoint/notes").write_text("")
+    with pytest.raises(OSError, match="checkpoint"):
+        support.training.begin_folder(out, True, {})
+    assert (real / "checkpoint/notes").exists() and (real / "config.json").exists()
+
+
+def test_overwriting_an_evaluation_removes_only_its_files(tmp_path):
+    names = "table.csv epic_size.png tinyclip/paths.png tinyclip/mine.png b/frames.png c/paths.png"
+    for name in names.split():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("model\ntinyclip\nb\n../c\n" if name == "table.csv" else "")
+    remove_evaluation(tmp_path / "absent")
+    remove_evaluation(tmp_path)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert left == {"tinyclip", "tinyclip/mine.png", "c", "c/paths.png"}
+
+
+def test_an_evaluation_that_fails_leaves_no_folder(tmp_path, few_states, monkeypatch):
+    monkeypatch.setattr(evaluation.states, "EVALUATION_STATES", few_states)
+    for out in tmp_path / "new/er", tmp_path:
+        with pytest.raises(SystemExit, match="alpha is 2"):
+            main(["evaluate", "--alpha", "2", "--task", "splits", "--out", str(out)])
+    assert tmp_path.is_dir() and not list(tmp_path.iterdir())
+
+
+def test_any_letters_are_drawn_or_said_to_be_missing_and_no_picture_costs_the_result(
+    tmp_path, monkeypatch, capsys
+):
+    usual, every = matplotlib.rcParams["font.family"], fontManager.ttflist
+    known = [font for font in every if font.name.startswith(("DejaVu", "STIX", "Last Resort"))]
+    monkeypatch.setattr(fontManager, "ttflist", known)
+    assert fonts_for("50% of $x_$ é") == (usual, "")
+    assert fonts_for("a 跪 of 𝔄") == ([*usual, "STIXGeneral"], "跪")
+
+    def fail(*args):
+        raise RuntimeError("the screen\nis upside down")
+
+    monkeypatch.setattr(support.training, "record_video", fail)
+    words = [*SMALL, "--steps", "160", "--task", "splits", "--out", str(tmp_path / "run")]
+    main(["train", "50% of $x_$, 跪", *words])
+    printed, names = capsys.readouterr().out, {file.name for file in (tmp_path / "run").iterdir()}
+    assert names == {"config.json", "metrics.csv", "policy.pt", "result.json", "curve.png"}
+    assert "no video.gif: the screen is upside down" in printed and "Success" in printed
+    assert re.findall("^(Judging what|Training|Judging the best|Drawing)", printed, re.M)[3]
+
+
+def test_an_interrupted_training_says_how_it_goes_on(tmp_path):
+    args = parse(["train", "--out", str(tmp_path / "a run")])
+    assert interrupted(args) == "interrupted"  # nothing was begun
+    (tmp_path / "a run/checkpoint").mkdir(parents=True)
+    assert f"train --resume '{tmp_path / 'a run'}'" in interrupted(args)
+    assert interrupted(parse(["play", str(tmp_path)])) == "interrupted"
+
+
+def test_make_states_has_a_help(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["make_states.py", "--help"])
+    with pytest.raises(SystemExit):
+        importlib.import_module("evaluation.make_states").main()
+    assert "states.npz" in capsys.readouterr().out

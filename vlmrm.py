@@ -160,19 +160,21 @@ class VLMReward:
 
     The task l is the goal prompt, the context c the baseline prompt and alpha. Called on frames,
     uint8 (B, H, W, 3), it returns rewards (B,), float32, by equation (3). A prompt may be a list of
-    sentences, whose embeddings are averaged.
+    sentences, whose embeddings are averaged. With alpha 0, the baseline may be left out.
     """
 
     def __init__(
         self,
         clip: CLIP,
         goal_prompt: str | list[str],
-        baseline_prompt: str | list[str] = BASELINE_PROMPT,
+        baseline_prompt: str | list[str] | None = None,
         alpha: float = 0.5,
     ):
+        if baseline_prompt is None and alpha > 0:
+            raise ValueError("give a baseline_prompt: the scene without the goal. Or use alpha 0")
         self.clip, self.alpha = clip, alpha
         self.goal = clip.embed_text(goal_prompt)  # (D,) once for all
-        self.baseline = clip.embed_text(baseline_prompt)  # (D,)
+        self.baseline = clip.embed_text(baseline_prompt or goal_prompt)  # (D,)
         self(np.zeros((1, *clip.size, 3), np.uint8))  # a mistake fails now, not in an hour
 
     def __call__(self, frames: np.ndarray | Tensor) -> np.ndarray:
@@ -704,6 +706,9 @@ from gymnasium.wrappers import TimeLimit
 
 import sac
 
+if not hasattr(sac, "rollout"):
+    raise ImportError(f"{__file__} needs the sac.py beside it, but {sac.__file__} comes first")
+
 
 class Humanoid(HumanoidEnv):
     """Gymnasium's Humanoid-v5 in a Scene. No posture ends an episode.
@@ -807,13 +812,14 @@ class VLMRewardWrapper(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs)
         gymnasium.utils.RecordConstructorArgs.__init__(self, reward_fn=reward_fn)
         super().__init__(env)
         self.reward_fn = reward_fn
+        self.metadata = env.metadata | {"render_modes": ["rgb_array"]}
         if env.render_mode != "rgb_array":
             given = f"render_mode is {env.render_mode!r}"
             raise ValueError(f'{given}; make the environment with render_mode="rgb_array"')
 
     def step(self, action: np.ndarray) -> tuple:
         obs, env_reward, terminated, truncated, info = self.env.step(action)
-        (reward,) = sac.label(self.reward_fn, self.env.render()[None])  # checks what it returns
+        (reward,) = sac.label(self.reward_fn, draw(self.env)[None])  # checks what it returns
         return obs, float(reward), terminated, truncated, info | {"env_reward": env_reward}
 
 
@@ -838,11 +844,25 @@ class VLMRewardVectorWrapper(VectorWrapper):
 
     def step(self, actions: np.ndarray) -> tuple:
         obs, env_rewards, terminated, truncated, info = self.env.step(actions)
-        rewards = sac.label(self.reward_fn, np.stack(self.env.render()))  # (N,)
+        alone = isinstance(self.env.unwrapped, SyncVectorEnv)  # all in this process
+        frames = [draw(env) for env in self.env.unwrapped.envs] if alone else self.env.render()
+        rewards = sac.label(self.reward_fn, np.stack(frames))  # (N,)
         if self.mode == AutoresetMode.NEXT_STEP:
             rewards[self.ended] = 0  # this step only began a new episode
         self.ended = terminated | truncated
         return obs, rewards, terminated, truncated, info | {"env_reward": env_rewards}
+
+
+def draw(env: gymnasium.Env) -> np.ndarray:
+    """env.render(), whatever else draws: Gymnasium's MuJoCo renderer expects to be the only one."""
+    viewer = getattr(getattr(env.unwrapped, "mujoco_renderer", None), "viewer", None)
+    if viewer is not None:
+        viewer.make_context_current()
+    frame = env.render()
+    if not isinstance(frame, np.ndarray) or frame.ndim != 3:
+        given = type(frame).__name__
+        raise ValueError(f"render() gives {given}; wanted is a frame, an array (H, W, 3)")
+    return frame
 
 
 if __name__ == "__main__":

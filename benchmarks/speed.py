@@ -32,7 +32,7 @@ from evaluation.states import load_states
 from torch.utils.flop_counter import FlopCounterMode
 
 OBS, ACT = 348, 17  # of the humanoid
-PROMPT = vlmrm.TASKS["kneeling"][0]
+PROMPTS = vlmrm.TASKS["kneeling"][0], vlmrm.BASELINE_PROMPT
 
 
 def compare(name, ours, other, unit, pairs, device="cpu"):
@@ -263,7 +263,7 @@ class Usual:
         settings = dict(render_mode="rgb_array", width=480, height=480)
         self.env, self.clip = gymnasium.make("Humanoid-v5", **settings), clip
         self.env.reset(seed=0)
-        self.reward = vlmrm.VLMReward(clip, PROMPT)
+        self.reward = vlmrm.VLMReward(clip, *PROMPTS)
 
     def render(self, qpos=None):
         if qpos is not None:
@@ -297,7 +297,7 @@ def bench_render(args):
 
 
 def print_agreement(name, bf16, fp32, frames):
-    rewards = [vlmrm.VLMReward(clip, PROMPT)(frames) for clip in (bf16, fp32)]
+    rewards = [vlmrm.VLMReward(clip, *PROMPTS)(frames) for clip in (bf16, fp32)]
     ranks, apart = [r.argsort().argsort() for r in rewards], np.abs(rewards[0] - rewards[1]).max()
     correlation = np.corrcoef(*ranks)[0, 1]
     print(
@@ -308,7 +308,7 @@ def print_agreement(name, bf16, fp32, frames):
 
 def bench_label(args):
     clip, states = vlmrm.CLIP(device=args.device), poses(512)
-    scene, usual, reward = vlmrm.Scene(clip.size), Usual(clip), vlmrm.VLMReward(clip, PROMPT)
+    scene, usual, reward = vlmrm.Scene(clip.size), Usual(clip), vlmrm.VLMReward(clip, *PROMPTS)
 
     def ours():
         reward(vlmrm.render_states(scene, states))
@@ -384,7 +384,7 @@ def bench_vit(args):
         work = operations(clip.model, ready[:1])
         speed = f"its encoder alone does {work * rate / 1e12:.3g} TFLOP/s"
         print(f"{name}: {work / 1e9:.1f} GFLOP a frame, so {speed}")
-        reward, scene = vlmrm.VLMReward(clip, PROMPT), vlmrm.Scene(clip.size)
+        reward, scene = vlmrm.VLMReward(clip, *PROMPTS), vlmrm.Scene(clip.size)
         compare(
             f"{name} in bf16: rendering and rewards, its encoder alone",
             (lambda: reward(vlmrm.render_states(scene, states)), len(states)),
@@ -434,7 +434,7 @@ def bench_loop(args):
 
     clip = vlmrm.CLIP(device=args.device)
     config = sac.Config(steps=100_000)
-    scene, reward = vlmrm.Scene(clip.size), vlmrm.VLMReward(clip, PROMPT)
+    scene, reward = vlmrm.Scene(clip.size), vlmrm.VLMReward(clip, *PROMPTS)
     envs, eval_envs = (vlmrm.make_envs(scene, vlmrm.TASKS["kneeling"][1]) for _ in range(2))
     agent = sac.SAC(envs.single_observation_space, envs.single_action_space, config, args.device)
     rounds = sac.train(agent, envs, eval_envs, reward)  # with its evaluations

@@ -37,7 +37,8 @@ def arrived(task: str, args: argparse.Namespace) -> tuple[np.ndarray, ...]:
     torch.set_num_threads(1)  # two tasks at a time
     (prompt, condition), rng = vlmrm.TASKS[task], np.random.default_rng(args.seed)
     clip = vlmrm.CLIP(args.model)
-    reward_fn, scene = vlmrm.VLMReward(clip, prompt, alpha=args.alpha), vlmrm.Scene(clip.size)
+    reward_fn = vlmrm.VLMReward(clip, prompt, vlmrm.BASELINE_PROMPT, args.alpha)
+    scene = vlmrm.Scene(clip.size)
     found = climb(prompt, rng, args.model, args.climbers, args.tries, args.alpha)
     states = found[-1].astype(float)
     goal = vlmrm.holds(condition, vlmrm.measure_states(scene.model, states))

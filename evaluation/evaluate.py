@@ -5,15 +5,15 @@ conditions, by EPIC distance, correlation, and AUC; nothing is trained.
 """
 
 import argparse
+import csv
 import itertools
-import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 from evaluation.figures import plot_epic, plot_frames, plot_histograms, plot_paths
 from evaluation.states import embed_states, load_states, pose_path
-from support.runs import check_free, short, write_csv
+from support.runs import check_free, new_folder, remove_files, short, write_csv
 from tqdm import tqdm
 from vlmrm import BASELINE_PROMPT, CAMERA, CLIP, TASKS, Scene
 from vlmrm import auc, default_device, epic_distance, goal_baseline_reward, measure_states
@@ -49,13 +49,12 @@ def evaluate(args: argparse.Namespace):
         advice = "rename a folder, or name each once"
         raise ValueError(f"the models {names} would share a name: {advice}")
     check_free(out, args.overwrite, "table.csv")
-    out.mkdir(parents=True, exist_ok=True)  # where that is not allowed, say so now
     states, origin = load_states()
     goals, near = judge(states)
     paths = paths_to_goals(tasks, states, origin, goals)
     rows = []
     frames = len(SCENES) * len(states) + sum(map(len, paths.values()))  # that each model sees
-    with tqdm(total=len(models) * frames, unit="frame") as bar:
+    with new_folder(out), tqdm(total=len(models) * frames, unit="frame") as bar:
         for name, model in models.items():
             clip = None  # before the next is loaded: a GPU need not hold two
             clip = CLIP(model, device, args.precision)
@@ -85,9 +84,9 @@ def evaluate(args: argparse.Namespace):
                 if alpha == middle and key == OURS:
                     rewards[task] = r
             if name == next(iter(models)):  # there is a result: now an older one may go
-                shutil.rmtree(out, ignore_errors=True)
+                remove_evaluation(out)
             folder, caption = out / name, f"{name}, alpha {middle:g}"
-            folder.mkdir(parents=True)
+            folder.mkdir(exist_ok=True)
             write_csv(out / "table.csv", rows[0], rows)
             plot_paths(folder / "paths.png", name, paths, curves)
             plot_histograms(folder / "histograms.png", caption, rewards, goals)
@@ -96,6 +95,17 @@ def evaluate(args: argparse.Namespace):
     print_table([row for row in rows if row["scene"] == OURS])
     took = f"{len(states):,} states, {time.time() - start:.0f} seconds"
     print(f"{took}. See the figures and table.csv in {out}/")
+
+
+def remove_evaluation(out: Path):
+    """Removes what an evaluation left in a folder, and nothing else."""
+    table = out / "table.csv"
+    names = {row.get("model") for row in csv.DictReader(table.open())} if table.exists() else ()
+    for folder in (out / name for name in names if name and name == Path(name).name):
+        remove_files(folder, "paths.png", "histograms.png", "frames.png")
+        if folder.is_dir() and not any(folder.iterdir()) and not folder.is_symlink():
+            folder.rmdir()
+    remove_files(out, "table.csv", "epic_alpha.png", "epic_size.png", "epic_scene.png")
 
 
 def judge(states: np.ndarray) -> tuple[dict, dict]:

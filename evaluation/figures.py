@@ -53,7 +53,7 @@ def plot_frames(file: Path, name: str, rewards: dict, goals: dict, states: np.nd
     figure = Figure(figsize=(15, 1.05 * len(rewards) + 0.7), layout="constrained")
     scene = Scene((160, 160), effects=True)
     title = f"{name}: frames (their middle) by reward; green: the goal, by the simulator"
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     for row, (task, r) in zip(figure.subplots(len(rewards), 4, squeeze=False), rewards.items()):
         goal, order = goals[task], r.argsort()[::-1]
         kinds = {

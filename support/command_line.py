@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import shlex
 import sys
 import textwrap
 from dataclasses import fields
@@ -14,6 +15,10 @@ from vlmrm import BASELINE_PROMPT, CAMERA, EMBEDDED_CLIP, JUDGED, TASKS
 from support.training import play, train
 
 COMMANDS = dict(train=train, evaluate=evaluate, play=play)
+
+
+def path(text: str) -> Path:
+    return Path(text).expanduser()  # the shell leaves the ~ of --out=~/run
 
 
 def add(group, name: str, meaning: str, **settings):
@@ -59,10 +64,10 @@ def add_train(command):
     group = command.add_argument_group("the output")
     add(group, "--episodes", "episodes of the final judgement", type=int, default=100)
     meaning = "folder; left out: runs/TASK-seedN, and in its name any unusual model, alpha, pink, "
-    add(group, "--out", meaning + "gamma, azimuth", type=Path)
+    add(group, "--out", meaning + "gamma, azimuth", type=path)
     add(group, "--overwrite", "replace a run that is already there", action="store_true")
     meaning = "go on with the interrupted run in this folder, with the settings it was begun with"
-    add(group, "--resume", meaning, type=Path, metavar="RUN")
+    add(group, "--resume", meaning, type=path, metavar="RUN")
 
 
 def add_evaluate(command):
@@ -73,15 +78,15 @@ def add_evaluate(command):
     meaning += " ".join(map(str, alphas))
     add(command, "--alpha", meaning, nargs="+", type=float, default=alphas)
     add_clip(command, nargs="+")
-    add(command, "--out", "folder of the figures; left out: runs/evaluate", type=Path)
+    add(command, "--out", "folder of the figures; left out: runs/evaluate", type=path)
     add(command, "--overwrite", "replace an evaluation already there", action="store_true")
 
 
 def add_play(command):
-    add(command, "run", "folder of a finished training, such as runs/kneeling-seed0", type=Path)
+    add(command, "run", "folder of a finished training, such as runs/kneeling-seed0", type=path)
     add(command, "--episodes", "how many", type=int, default=3)
     add(command, "--seed", "of the first episode; others have other seeds", type=int, default=0)
-    add(command, "--out", "a GIF to write, in place of a window or RUN/play.gif", type=Path)
+    add(command, "--out", "a GIF to write, in place of a window or RUN/play.gif", type=path)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -127,4 +132,12 @@ def main(argv: list[str] | None = None):
         advice = "use a smaller model, --precision fp16, or smaller --hidden, --batch-size, "
         sys.exit(f"error: not enough memory ({why}): {advice}--buffer-size, --envs")
     except KeyboardInterrupt:
-        sys.exit("interrupted. A training goes on from its last round by train --resume RUN")
+        sys.exit(interrupted(args))
+
+
+def interrupted(args: argparse.Namespace) -> str:
+    run = getattr(args, "resume", None) or args.out
+    if args.command != "train" or not run or not (run / "checkpoint").is_dir():
+        return "interrupted"
+    resume = shlex.join(["train", "--resume", str(run)])
+    return f"interrupted. The training goes on from its last round by {resume}"

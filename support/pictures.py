@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import vlmrm
 from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
+from matplotlib import rcParams
 from matplotlib.figure import Figure  # not pyplot, which would look for a screen
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from PIL import Image
 
 from support.runs import atomic_open
@@ -16,13 +18,44 @@ def panels(count: int, caption: str, **labels) -> tuple[Figure, np.ndarray]:
     """A captioned figure with `count` panels, up to four in a row."""
     across, down = min(count, 4), -(-count // 4)
     figure = Figure(figsize=(max(3.4 * across, 6.8), 3 * down + 0.9), layout="constrained")
-    figure.suptitle(caption, fontsize="medium", wrap=True)
+    fonts, missing = fonts_for(caption)
+    if missing:
+        caption += f"\n(no installed font has {len(missing)} of its letters)"
+    caption = caption.replace("$", r"\$")  # no formula
+    figure.suptitle(caption, fontsize="medium", wrap=True, family=fonts)
     axes = figure.subplots(down, across, squeeze=False).ravel()
     for axis in axes[count:]:
         axis.set_axis_off()
     for axis in axes[:count]:
         axis.set(**labels)
     return figure, axes[:count]
+
+
+def fonts_for(text: str) -> tuple[list[str], str]:
+    """Families of fonts that have a text's letters, the usual first, and the letters that none has.
+
+    Installed fonts are looked at in turn until all letters are found.
+    """
+    families = list(rcParams["font.family"])
+    missing = {letter for letter in text if letter.isprintable() and not letter.isspace()}
+    missing -= glyphs(findfont(FontProperties(family=families)))
+    for font in fontManager.ttflist if missing else ():
+        last = font.name.startswith("Last Resort")  # whose letters are boxes
+        found = set() if last else missing & glyphs(font.fname)
+        if found:
+            families, missing = [*families, font.name], missing - found
+        if not missing:
+            break
+    return families, "".join(sorted(missing))
+
+
+def glyphs(file: str) -> set[str]:
+    """The letters that a font can draw."""
+    try:
+        font = get_font(file)
+        return {chr(code) for code in font.get_charmap()} if font.scalable else set()
+    except (OSError, RuntimeError):  # gone, or of a kind that matplotlib cannot read
+        return set()
 
 
 def plot_curve(rows: list[dict], prompt: str, goal_reward: float | None, path: Path):

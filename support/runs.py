@@ -47,6 +47,44 @@ def save_policy(path: Path, agent: sac.SAC):
         torch.save(agent.state_dict(), file)
 
 
+FILES = "config.json metrics.csv policy.pt result.json curve.png video.gif play.gif".split()
+
+
+def remove_files(folder: Path, *names: str):
+    """Removes these of its files, and those half written. The folder may be a link."""
+    for name in names:
+        for file in *folder.glob(name), *folder.glob(f"{name}.part"):
+            file.unlink(missing_ok=True)
+
+
+def remove_checkpoint(folder: Path):
+    remove_files(folder, "state.pt", "round*.npy")
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        folder.rmdir()  # fails if it holds anything else
+
+
+def remove_run(folder: Path):
+    """Removes what a training left in a folder, and nothing else."""
+    remove_checkpoint(folder / "checkpoint")
+    remove_files(folder, *FILES)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
+    """Makes a folder. If that is all that comes of it, an error takes it away again."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # one that holds something
+            for path in new:
+                path.rmdir()
+        raise
+
+
 def read_metrics(path: Path) -> list[dict]:
     """A run's metrics.csv: a dict of numbers for each round, without what is empty."""
     with open(path, newline="") as file:

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import shutil
 import sys
 import time
 from dataclasses import fields
@@ -24,6 +23,8 @@ from support.runs import (
     Checkpoint,
     check_free,
     read_metrics,
+    remove_checkpoint,
+    remove_run,
     save_policy,
     short,
     write_csv,
@@ -50,7 +51,7 @@ def train(args: argparse.Namespace):
     device, rank, processes = join(args.device or vlmrm.default_device())
     task, prompt, condition = find_task(args)
     baseline = args.baseline or [BASELINE_PROMPT]
-    out = args.out or Path("runs") / run_name(task, prompt, args)
+    out = args.out = args.out or Path("runs") / run_name(task, prompt, args)
     new = rank == 0 and not args.resume  # this process begins the folder
     if new:
         check_free(out, args.overwrite, "config.json", "metrics.csv")
@@ -75,17 +76,22 @@ def train(args: argparse.Namespace):
         episodes, length = args.episodes, config.round_steps
         return sac.evaluate(eval_envs, act, label_with, episodes, JUDGEMENT_SEED, length)
 
+    def say(*words):
+        if rank == 0:
+            print(*words, flush=True)
+
     references = {}
     if condition:
         shape = envs.action_space.shape
+        say("Judging what has learned nothing: three times", args.episodes, "episodes")
         references = judge_references(judge, agent, shape, args.seed)
-    if rank == 0:
-        against = f"{prompt} against {baseline}, alpha {args.alpha:g}"
-        print(f"Training {against}, on {device}, into {out}/")
+    against = f"{prompt} against {baseline}, alpha {args.alpha:g}"
+    say(f"Training {against}, on {device}, into {out}/")
     round_size = config.round_steps * args.envs
     checkpoint = Checkpoint(out / "checkpoint", agent, round_size, processes)
     rows = learn(agent, envs, eval_envs, label, checkpoint, out, rank)
 
+    say("Judging the best policy in", args.episodes, "new episodes")
     rewards, success = judge(agent.deterministic_action, label)
     half, held = vlmrm.success_rates(success) if condition else (None, None)
     if processes > 1:
@@ -97,10 +103,6 @@ def train(args: argparse.Namespace):
     if condition:
         frames = vlmrm.render_states(scene, goal_states(task))
         goal_reward = float(reward_fn(frames).mean())
-    plot_curve(rows, prompt[0], goal_reward, out / "curve.png")
-    record_video(
-        agent.deterministic_action, camera, args.look, out / "video.gif", config.round_steps
-    )
     steps = int(rows[-1]["steps"])
     result = dict(prompt=prompt, task=task, model=args.model, alpha=args.alpha, seed=args.seed)
     result |= dict(steps=steps, episodes=args.episodes, success=half, success_held=held)
@@ -108,7 +110,17 @@ def train(args: argparse.Namespace):
     result |= dict(reward_of_goal_poses=goal_reward, references=references)
     result["seconds"] = None if args.resume else round(time.time() - start, 1)
     write_json(out / "result.json", result)
-    shutil.rmtree(checkpoint.folder)
+    remove_checkpoint(checkpoint.folder)
+    say("Drawing the curve and the video")
+    act, length = agent.deterministic_action, config.round_steps
+    for name, decorate in {
+        "curve.png": lambda path: plot_curve(rows, prompt[0], goal_reward, path),
+        "video.gif": lambda path: record_video(act, camera, args.look, path, length),
+    }.items():
+        try:
+            decorate(out / name)
+        except Exception as error:  # the result is there already
+            print(f"no {name}: {' '.join(str(error).split())[:200]}")
 
     found = "No success condition for this prompt"
     if condition:
@@ -127,8 +139,17 @@ def find_task(args: argparse.Namespace) -> tuple:
         task = known.get(args.prompt[0]) if len(args.prompt) == 1 else None
     else:
         task = "kneeling"
+    check_quotes(args.prompt)
     prompt = args.prompt or [JUDGED[task][0]]
     return task, prompt, JUDGED[task][1] if task else None
+
+
+def check_quotes(prompts: list[str]):
+    """Raises ValueError for words that were meant as a sentence; some scripts have no spaces."""
+    words = all(len(prompt.split()) == 1 and max(prompt) < "\u0e00" for prompt in prompts)
+    if len(prompts) > 1 and words:
+        given = f"{len(prompts)} prompts of a word each"
+        raise ValueError(f'{given}; put the sentence in quotes: train "{" ".join(prompts)}"')
 
 
 def checked_config(args: argparse.Namespace, processes: int) -> sac.Config:
@@ -165,7 +186,7 @@ def run_name(task: str | None, prompt: list[str], args: argparse.Namespace) -> s
 
 def begin_folder(out: Path, overwrite: bool, settings: dict):
     if overwrite:
-        shutil.rmtree(out, ignore_errors=True)
+        remove_run(out)
     (out / "checkpoint").mkdir(parents=True)  # fails if the same command was started twice
     write_json(out / "config.json", settings)
     write_csv(out / "metrics.csv", COLUMNS, [])

@@ -305,7 +305,8 @@ def climb(
     """
     body, kept = Body(), []
     arms, clip = arm_library(body, rng), vlmrm.CLIP(model)
-    reward_fn, scene = vlmrm.VLMReward(clip, prompt, alpha=alpha), vlmrm.Scene(clip.size)
+    reward_fn = vlmrm.VLMReward(clip, prompt, vlmrm.BASELINE_PROMPT, alpha)
+    scene = vlmrm.Scene(clip.size)
 
     def reward(states):
         forbidden = held_out(vlmrm.measure_states(body.model, states))
@@ -370,7 +371,7 @@ def visited_states(prompt: str, seed: int, steps: int, folder: Path) -> np.ndarr
             return result
 
     clip = vlmrm.CLIP(f"local-dir:{folder}")
-    reward_fn, scene = vlmrm.VLMReward(clip, prompt), vlmrm.Scene(clip.size)
+    reward_fn, scene = vlmrm.VLMReward(clip, prompt, vlmrm.BASELINE_PROMPT), vlmrm.Scene(clip.size)
 
     def make_env():
         return gymnasium.wrappers.TimeLimit(Recorder(scene), 100)
