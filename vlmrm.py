@@ -854,7 +854,7 @@ class VLMRewardVectorWrapper(VectorWrapper):
 
 
 def draw(env: gymnasium.Env) -> np.ndarray:
-    """env.render(), whatever else draws: Gymnasium's MuJoCo renderer expects to be the only one."""
+    """env.render() in its own OpenGL context, which Gymnasium's MuJoCo renderer does not choose."""
     viewer = getattr(getattr(env.unwrapped, "mujoco_renderer", None), "viewer", None)
     if viewer is not None:
         viewer.make_context_current()
