@@ -295,18 +295,20 @@ def rollout(
     """
     low, high = envs.single_action_space.low, envs.single_action_space.high
     played, frames = [], []
-    obs, _ = envs.reset(seed=seed)
+    obs = np.copy(envs.reset(seed=seed)[0])  # copies: some environments use an array again
     for _ in range(steps):
         action = act(obs)
         stretched = low + (action + 1) / 2 * (high - low)
-        next_obs, reward, terminated, truncated, info = envs.step(stretched)
+        *arrays, truncated, info = envs.step(stretched)
+        next_obs, reward, terminated = map(np.copy, arrays)
         success = np.array(info.get("success", [np.nan] * envs.num_envs), dtype=float)
         played.append((obs, action, reward, next_obs, terminated, success))
         if reward_fn is not None:
-            frames.extend(envs.render())  # after the action: R(s, a, s') is of s' alone (Lemma 1)
+            # after the action: R(s, a, s') is of s' alone (Lemma 1)
+            frames.extend(np.copy(frame) for frame in envs.render())
         done = terminated | truncated
         # Where an episode can end early, another begins. At the last step this is of no use.
-        obs = envs.reset(options={"reset_mask": done})[0] if done.any() else next_obs
+        obs = np.copy(envs.reset(options={"reset_mask": done})[0]) if done.any() else next_obs
     transitions = Transitions(*(np.stack(values) for values in zip(*played)))
     if reward_fn is None:
         return transitions

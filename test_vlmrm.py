@@ -4,6 +4,7 @@ import argparse
 import copy
 import csv
 import functools
+import gc
 import hashlib
 import http.server
 import importlib
@@ -2092,20 +2093,73 @@ def small(name="Hopper-v5", **settings):
     return env
 
 
-def test_a_wrapped_environment_is_drawn_as_if_it_were_alone():
-    env = vlmrm.VLMRewardWrapper(small(), brightness)
-    env.reset(seed=0)
-    still = np.zeros(3, np.float32)
-    alone = [env.step(still)[1] for _ in range(3)]
-    env.reset(seed=0)
+def test_whatever_draws_beside_it_each_gets_the_pictures_that_it_would_get_alone():
+    single = vlmrm.VLMRewardWrapper(small(), brightness)
     several = vlmrm.VLMRewardVectorWrapper(SyncVectorEnv([small] * 2), brightness)
     several.reset(seed=0)
-    for reward in alone:
-        other = small("HalfCheetah-v5")
-        other.render(), picture(vlmrm.Scene((48, 48)))
-        other.close()
-        assert env.step(still)[1] == reward
-        assert several.step(np.zeros((2, 3), np.float32))[1][0] == reward  # the other has seed 1
+    scene = vlmrm.Scene(48)
+    drawers = [single.render, *[lambda i=i: several.render()[i] for i in (0, 1)]]
+    drawers.append(lambda: picture(scene))
+    alone = [draw().copy() for draw in drawers]
+
+    def check():
+        for draw, expected in zip(drawers * 2, alone * 2):
+            np.testing.assert_array_equal(draw(), expected)
+
+    for last in reversed(drawers):
+        other, another = small("HalfCheetah-v5"), vlmrm.Scene((30, 40), "original")
+        frame = other.render().copy()
+        picture(another)
+        check()
+        np.testing.assert_array_equal(other.render(), frame)  # nor does it lose its own
+        last()
+        other.close()  # deletes its textures where it drew last
+        del other, another
+        gc.collect()
+        check()
+    _, reward, *_ = single.step(np.zeros(3, np.float32))
+    assert reward == brightness(single.render()[None])[0] > 0.05
+    several.close()
+    np.testing.assert_array_equal(picture(scene), alone[-1])
+
+
+FORKED = """
+import gymnasium, mujoco, vlmrm, test_vlmrm
+scene = vlmrm.Scene(48)
+scene.render(mujoco.MjData(scene.model))
+wrapped = lambda: vlmrm.VLMRewardWrapper(test_vlmrm.small(), test_vlmrm.brightness)
+for make in wrapped, lambda: vlmrm.Humanoid(scene), lambda: vlmrm.Humanoid(vlmrm.Scene(48)):
+    envs = gymnasium.vector.AsyncVectorEnv([make], context="fork")
+    envs.reset(seed=0)
+    try:
+        envs.step(envs.action_space.sample())
+        envs.render()
+    except ValueError as error:
+        print(error)
+    envs.close(terminate=True)
+"""
+
+
+def test_drawing_in_a_fork_of_a_process_that_drew_is_refused_before_it_hangs():
+    assert run_alone(ROOT, FORKED).stdout.count('context="spawn"') == 3
+
+
+def test_a_scene_draws_in_another_thread_too():
+    frames, scene = [], vlmrm.Scene(48)
+    for drawn in scene, scene, vlmrm.Scene(48):
+        frames.append(picture(drawn))
+        thread = threading.Thread(target=lambda: frames.append(picture(drawn)))  # noqa: B023
+        thread.start()
+        thread.join()
+    assert len(frames) == 6 and all((frame == frames[0]).all() for frame in frames)
+
+
+def test_vlmrm_may_be_imported_after_something_was_drawn():
+    code = "import os\nos.environ.setdefault('MUJOCO_GL', 'egl')\nimport mujoco, sys\n"
+    code += "model = mujoco.MjModel.from_xml_string('<mujoco/>')\n"
+    code += "mujoco.Renderer(model, 8, 8).render()\nflags = sys.getdlopenflags()\n"
+    code += "import vlmrm\nassert sys.getdlopenflags() == flags\n"
+    run_alone(ROOT, code + "vlmrm.Scene(8).render(mujoco.MjData(vlmrm.Scene(8).model))")
 
 
 def test_somebody_elses_sac_py_is_named(tmp_path):
@@ -2137,10 +2191,37 @@ def step_wrapped(env, wrapper=vlmrm.VLMRewardWrapper):
     env.step(env.action_space.sample())
 
 
+class Reusing(Point):
+    frame = np.zeros((41, 41, 3), np.uint8)
+
+    def render(self):
+        self.frame[:] = super().render()
+        return self.frame
+
+
+def test_environments_that_reuse_their_arrays_give_the_same_rewards_and_observations(clip):
+    modes = dict(autoreset_mode=AutoresetMode.DISABLED)
+    make = lambda: gymnasium.wrappers.TimeLimit(Reusing(), 3)  # noqa: E731
+    reusing, plain = SyncVectorEnv([make] * 2, copy=False, **modes), points(3, count=2)
+    act = lambda obs: np.clip(obs, -0.5, 1)  # noqa: E731
+    alone = sac.rollout(SyncVectorEnv([make], copy=False, **modes), act, 8, nearness, 0)
+    usual = sac.rollout(plain, act, 8, nearness, 0)
+    np.testing.assert_equal(sac.rollout(reusing, act, 8, None, 0)[0], usual.obs)
+    for ours, expected in zip(alone, usual):
+        np.testing.assert_array_equal(ours, expected[:, :1])
+
+
+class Untold(SyncVectorEnv):
+    metadata = property(lambda _: {}, lambda *_: None)
+
+
 @pytest.mark.parametrize(
     "mistake, words",
     [
         (lambda: sac.SAC(box(3), box(2, -np.inf, np.inf), sac.Config()), "finite bounds"),
+        (lambda: vlmrm.Scene(0), "size is .0, 0"),
+        (lambda: vlmrm.Scene((96, 20_000)), "20000.* 16384 pixels"),
+        (lambda: step_wrapped(Untold([Point]), vlmrm.VLMRewardVectorWrapper), "mode None"),
         (lambda: sac.Config(steps=1600), "nothing would be learned"),
         (see_nothing, "observations .* NaN"),
         (lambda: vlmrm.VLMReward(vlmrm.CLIP(), "a red cube"), "baseline_prompt"),
@@ -2160,9 +2241,38 @@ def test_alpha_0_needs_no_baseline_and_a_wrapper_passes_gymnasiums_whole_checker
     check_env(vlmrm.VLMRewardWrapper(pendulum(), brightness))
 
 
-def test_a_forgotten_quote_and_a_training_without_learning_are_named(error):
-    assert '"a humanoid robot kneeling"' in error(*"a humanoid robot kneeling".split())
-    assert "learning_starts" in error("--steps", 1600)
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("a humanoid robot kneeling", '"a humanoid robot kneeling"'),
+        ("--steps 1600", "learning_starts"),
+        ("--model ./tinyclip", "local-dir:./tinyclip"),
+        ("--model ViT-B-16-SigLIP/webli", "pip install transformers"),
+        ("--model ViT-H-14-worldwide/metaclip2_worldwide", "pip install transformers"),
+        ("--model xlm-roberta-base-ViT-B-32/laion5b_s13b_b90k", "pip install transformers"),
+        ("--model nllb-clip-base/v1", "pip install transformers"),
+        ("--model ViT-B-32/laion2b_s34b_b79k", "from: no such host"),
+    ],
+)
+def test_a_line_says_what_to_do_before_a_download(words, said, error, monkeypatch):
+    def unreachable(*args, **kwargs):
+        try:
+            raise OSError("no such host")
+        except OSError as cause:
+            raise FileNotFoundError("words " * 99) from cause
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", unreachable)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert said in error(*words.split())
+
+
+@pytest.mark.parametrize("settings", [dict(MUJOCO_GL=""), dict(DISPLAY=":987", MUJOCO_GL="glfw")])
+def test_drawing_works_or_egl_is_named(settings):
+    code = "import vlmrm, mujoco\nscene = vlmrm.Scene(8)\n"
+    code += "try: scene.render(mujoco.MjData(scene.model)), print('MUJOCO_GL=egl')\n"
+    code += "except ValueError as error: print(error)"
+    assert "MUJOCO_GL=egl" in run_alone(ROOT, code, **settings).stdout
 
 
 def test_several_prompts_of_a_word_are_meant_where_words_have_no_spaces():
@@ -2170,8 +2280,10 @@ def test_several_prompts_of_a_word_are_meant_where_words_have_no_spaces():
         support.training.check_quotes(prompts)
 
 
-def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch, clip):
     monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x").symlink_to(ROOT / "tinyclip")
+    close(vlmrm.CLIP("local-dir:~/x").embed_text(KNEELING), clip.embed_text(KNEELING), 1e-6)
     for words in ["train", "--out=~/a", "--resume=~/a"], ["play", "~/a"], ["evaluate", "--out=~/a"]:
         args = vars(parse(words))
         folders = [args[key] for key in ("out", "resume", "run") if args.get(key)]

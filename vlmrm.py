@@ -87,12 +87,25 @@ def unit_vectors(state: Tensor, *sentences: Tensor) -> list[Tensor]:
 # pictures until a picture and its caption lie close in one space. Here both are frozen: nothing
 # below trains them. With section 1, this needs torch, open_clip and numpy.
 
+import contextlib
 import difflib
+import importlib.util
+import os
+import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+
+# Where OpenGL has drawn on a CPU, an LLVM is loaded. open_clip brings triton, which has another,
+# and which crashes in the first unless it is told to keep to its own.
+if sys.platform == "linux" and "libLLVM" in Path("/proc/self/maps").read_text():
+    flags = sys.getdlopenflags()
+    sys.setdlopenflags(flags | os.RTLD_DEEPBIND)
+    with contextlib.suppress(ImportError):  # there is no triton without CUDA
+        import triton._C.libtriton  # noqa: F401
+    sys.setdlopenflags(flags)
 import open_clip
 
 EMBEDDED_CLIP = "tinyclip"  # the folder beside this file; trained on this robot, not zero-shot
@@ -218,22 +231,27 @@ def load_open_clip(model: str, device: str, precision: str) -> tuple:
     if model == EMBEDDED_CLIP:
         name, tag = f"local-dir:{Path(__file__).parent / EMBEDDED_CLIP}", None
     elif model.startswith(("hf-hub:", "local-dir:")):
-        name, tag = model, None
+        name, tag = model.replace("local-dir:~", f"local-dir:{Path.home()}", 1), None
     else:
         name, _, tag = model.partition("/")
         known = ["/".join(entry) for entry in open_clip.list_pretrained()]
         if model not in known:
             near = ", ".join(difflib.get_close_matches(model, known, 3, 0.3)) or "none"
+            near = f"local-dir:{model}" if Path(model).expanduser().is_dir() else near
             raise ValueError(f"open_clip knows no model {model!r}; nearest: {near}")
+    config = open_clip.get_model_config(name) or {}
+    text = config.get("text_cfg", {})
+    needed = text.get("hf_model_name") or text.get("hf_tokenizer_name")
+    if needed and importlib.util.find_spec("transformers") is None:
+        raise ValueError(f"{model} reads its text by {needed}: pip install transformers")
     try:
         torch.zeros(1, device=device)  # no such device? Say so before a download
-        config = open_clip.get_model_config(name) or {}
         # Weights were trained with one of two activation functions. open_clip's list knows which,
         # but only warns where the architecture says the other.
         quick_gelu = bool(tag) and open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False)
         # Half precision keeps some layers in fp32. In CoCa models and in those with a text tower
         # from Hugging Face, the layers would then not fit together: "pure" casts all of them.
-        if "multimodal_cfg" in config or "hf_model_name" in config.get("text_cfg", {}):
+        if "multimodal_cfg" in config or "hf_model_name" in text:
             precision = precision if precision == "fp32" else f"pure_{precision}"
         return open_clip.create_model(
             name,
@@ -244,11 +262,14 @@ def load_open_clip(model: str, device: str, precision: str) -> tuple:
             require_pretrained=True,
         ), open_clip.get_tokenizer(name)
     except Exception as error:  # a hub has many ways to be out of reach, each with its own
-        why = textwrap.shorten(str(error), 160, placeholder="...")
+        first = error
+        while first.__cause__ or first.__context__:  # what led to it says more
+            first = first.__cause__ or first.__context__
+        lines = (textwrap.shorten(str(e), 160, placeholder="...") for e in (error, first))
         raise ValueError(
-            f"cannot load {model} on {device} ({why}). Are there such a device and model? A "
-            "download that was cut off goes on if you try again. Without network, use "
-            "local-dir:PATH, or the embedded model"
+            f"cannot load {model} on {device} ({', from: '.join(dict.fromkeys(lines))}). Are there "
+            "such a device and model? A download that was cut off goes on if you try again. "
+            "Without network, use local-dir:PATH, or the embedded model"
         ) from error
 
 
@@ -283,16 +304,17 @@ def resize(x: Tensor, size: tuple[int, int], mode: str, interpolation: str) -> T
 # never changes. *Data* is what changes: joints' positions qpos, and computed from them the places
 # (xpos) and axes (xmat) of bodies. A *body* is a rigid part, a *geom* a shape that it is drawn as.
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
-if sys.platform == "linux" and not os.environ.get("DISPLAY"):
-    os.environ.setdefault("MUJOCO_GL", "egl")  # without a screen. MuJoCo reads it when imported
+if sys.platform == "linux" and not os.environ.get("DISPLAY"):  # without a screen
+    os.environ["MUJOCO_GL"] = os.environ.get("MUJOCO_GL") or "egl"  # MuJoCo reads it when imported
 
-CANNOT_DRAW = "cannot draw. Install EGL (apt-get install libegl1 libgl1-mesa-dri), or set MUJOCO_GL"
-CANNOT_DRAW += " to glfw or osmesa"
+CANNOT_DRAW = "cannot draw. On Linux, begin with MUJOCO_GL=egl python ... (that needs EGL: apt-get "
+CANNOT_DRAW += "install libegl1 libgl1-mesa-dri); or set MUJOCO_GL to glfw or osmesa"
 try:
     import mujoco  # after torch and open_clip: the other order can crash them
 except Exception as error:
@@ -313,19 +335,22 @@ PAINT |= dict.fromkeys(["foot", "hand"], ORANGE)
 class Scene:
     """Gymnasium's humanoid in a scene, and a camera that follows it over the floor.
 
-    size: (height, width) of the frames in pixels. look: "realistic", or "original" for Gymnasium's
-    own colours. camera: by default where the paper has it. effects: shadows, reflections, smooth
-    edges, for people; CLIP tells a pose without them, and frames are drawn many times as fast. How
-    the robot moves is the same in all.
+    size: (height, width) of the frames in pixels, or one number for both. look: "realistic", or
+    "original" for Gymnasium's own colours. camera: by default where the paper has it. effects:
+    shadows, reflections, smooth edges, for people; CLIP tells a pose without them, and frames are
+    drawn many times as fast. How the robot moves is the same in all.
     """
 
     def __init__(
         self,
-        size: tuple[int, int] = (96, 96),
+        size: tuple[int, int] | int = (96, 96),
         look: str = "realistic",
         camera: dict = CAMERA,
         effects: bool = False,
     ):
+        size = tuple(map(int, np.broadcast_to(size, 2)))
+        if not 0 < min(size) <= max(size) <= 16384:
+            raise ValueError(f"size is {size}; wanted are 1 to 16384 pixels, (height, width)")
         if look not in ("realistic", "original"):
             raise ValueError(f'look is {look!r}; it has to be "realistic" or "original"')
         spec = mujoco.MjSpec.from_file(str(HUMANOID))
@@ -344,13 +369,13 @@ class Scene:
 
     def render(self, data: mujoco.MjData) -> np.ndarray:
         """The picture of a state: uint8 (height, width, 3). Raises ValueError without OpenGL."""
-        if self.renderer is None:
-            self.renderer = open_renderer(self)
         mujoco.mj_kinematics(self.model, data)  # where the bodies are, from the joints' angles
         mujoco.mj_camlight(self.model, data)  # and the light
         self.camera.lookat[:2] = data.qpos[:2]
-        self.renderer.update_scene(data, self.camera)
-        return self.renderer.render()
+        with opengl():
+            self.renderer = self.renderer or open_renderer(self)
+            self.renderer.update_scene(data, self.camera)
+            return self.renderer.render()
 
 
 # What follows up to `each_state` is about MuJoCo, not about the method.
@@ -389,6 +414,38 @@ def open_renderer(scene: Scene) -> mujoco.Renderer:
     for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
         renderer.scene.flags[flag] = scene.effects
     return renderer
+
+
+DREW = set()  # the processes that have drawn; a fork inherits it
+
+
+@contextlib.contextmanager
+def opengl() -> Iterator[None]:
+    """What draws in here leaves OpenGL as it was. Raises ValueError in a fork, which would hang.
+
+    OpenGL works on one context at a time, the current one. Were ours left current, whoever draws or
+    deletes next without making its own current would do so in ours.
+    """
+    if DREW and os.getpid() not in DREW:
+        how = 'AsyncVectorEnv(..., context="spawn"), with a Scene made in each process'
+        raise ValueError(f"drawing hangs in a fork of a process that drew. Use spawn: {how}")
+    DREW.add(os.getpid())
+    if getattr(getattr(mujoco, "GLContext", None), "__module__", "") != "mujoco.egl":
+        yield  # with other libraries it is left as it is
+        return
+    from mujoco import egl
+
+    gl = egl.EGL
+    context, display = gl.eglGetCurrentContext(), gl.eglGetCurrentDisplay()
+    surface = gl.eglGetCurrentSurface(gl.EGL_DRAW)
+    try:
+        yield
+    finally:
+        if context:
+            gl.eglMakeCurrent(display, surface, surface, context)
+        elif egl.EGL_DISPLAY:
+            nothing = gl.EGL_NO_SURFACE, gl.EGL_NO_SURFACE, gl.EGL_NO_CONTEXT
+            gl.eglMakeCurrent(egl.EGL_DISPLAY, *nothing)
 
 
 def each_state(model: mujoco.MjModel, states: np.ndarray) -> Iterator[mujoco.MjData]:
@@ -819,22 +876,26 @@ class VLMRewardWrapper(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs)
 
     def step(self, action: np.ndarray) -> tuple:
         obs, env_reward, terminated, truncated, info = self.env.step(action)
-        (reward,) = sac.label(self.reward_fn, draw(self.env)[None])  # checks what it returns
+        (reward,) = sac.label(self.reward_fn, self.render()[None])  # checks what it returns
         return obs, float(reward), terminated, truncated, info | {"env_reward": env_reward}
+
+    def render(self) -> np.ndarray:
+        return draw(self.env)
 
 
 class VLMRewardVectorWrapper(VectorWrapper):
     """The same for a vector environment: the frames of all N are labelled by one call.
 
-    Raises ValueError unless render_mode is "rgb_array", and for the autoreset mode SAME_STEP, in
-    which the frame after an episode's last step already shows the next episode.
+    Raises ValueError unless render_mode is "rgb_array", and metadata["autoreset_mode"] NEXT_STEP or
+    DISABLED: in SAME_STEP, the frame after an episode's last step already shows the next episode.
     """
 
     def __init__(self, env: VectorEnv, reward_fn: Callable):
         super().__init__(env)
         self.reward_fn, self.mode = reward_fn, env.metadata.get("autoreset_mode")
         self.ended = np.zeros(env.num_envs, bool)  # which episodes ended in the step before
-        if env.render_mode != "rgb_array" or self.mode == AutoresetMode.SAME_STEP:
+        known = AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED
+        if env.render_mode != "rgb_array" or self.mode not in known:
             given = f"render_mode is {env.render_mode!r}, autoreset_mode {self.mode}"
             raise ValueError(f"{given}; wanted are rgb_array, and NEXT_STEP or DISABLED")
 
@@ -844,21 +905,24 @@ class VLMRewardVectorWrapper(VectorWrapper):
 
     def step(self, actions: np.ndarray) -> tuple:
         obs, env_rewards, terminated, truncated, info = self.env.step(actions)
-        alone = isinstance(self.env.unwrapped, SyncVectorEnv)  # all in this process
-        frames = [draw(env) for env in self.env.unwrapped.envs] if alone else self.env.render()
-        rewards = sac.label(self.reward_fn, np.stack(frames))  # (N,)
+        rewards = sac.label(self.reward_fn, np.stack(self.render()))  # (N,)
         if self.mode == AutoresetMode.NEXT_STEP:
             rewards[self.ended] = 0  # this step only began a new episode
         self.ended = terminated | truncated
         return obs, rewards, terminated, truncated, info | {"env_reward": env_rewards}
 
+    def render(self) -> tuple[np.ndarray, ...]:
+        alone = isinstance(self.env.unwrapped, SyncVectorEnv)  # all in this process
+        return tuple(map(draw, self.env.unwrapped.envs)) if alone else self.env.render()
+
 
 def draw(env: gymnasium.Env) -> np.ndarray:
-    """env.render() in its own OpenGL context, which Gymnasium's MuJoCo renderer does not choose."""
-    viewer = getattr(getattr(env.unwrapped, "mujoco_renderer", None), "viewer", None)
-    if viewer is not None:
-        viewer.make_context_current()
-    frame = env.render()
+    """env.render(), whatever else draws. Gymnasium's MuJoCo renderer expects to be alone."""
+    renderer = getattr(env.unwrapped, "mujoco_renderer", None)
+    with opengl() if renderer else contextlib.nullcontext():
+        if renderer and renderer.viewer:
+            renderer.viewer.make_context_current()
+        frame = env.render()
     if not isinstance(frame, np.ndarray) or frame.ndim != 3:
         given = type(frame).__name__
         raise ValueError(f"render() gives {given}; wanted is a frame, an array (H, W, 3)")
