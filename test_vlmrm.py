@@ -772,7 +772,7 @@ hands-on-hips: stand+on_hips
     | stand+on_chest stand+hanging stand+down stand+crossed stand+aside kneel+on_hips
 one-leg: one_leg leg_back one_leg+raised
     | stand stand+bent one_leg+in_air one_leg+tipped one_knee kneel squat
-arms-crossed: stand+crossed
+arms-crossed: stand+crossed stand+crossed+twisted_more
     | stand+forward stand+on_chest stand+hanging stand+on_hips stand+raised kneel+crossed
 kneeling-arms-raised: kneel+raised | kneel+hanging+left_raised kneel stand+raised lotus+raised
 kneeling-hands-on-hips: kneel+on_hips | kneel+hanging kneel stand+on_hips lotus+on_hips

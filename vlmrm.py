@@ -620,11 +620,17 @@ def on_hips(p: Pose) -> dict:
 
 
 def crossed(p: Pose) -> dict:
-    """Forearms really crossed before the chest: each hand past the middle, beyond its elbow."""
-    past = (p.hands[..., Y] * SIDES < -0.04) & ((p.elbows - p.hands)[..., Y] * SIDES > 0)
-    low, high = p.pelvis[..., Z, None] + 0.1, p.shoulders[..., Z] + 0.05
-    in_front = (p.hands[..., X] > 0.05) & (p.hands[..., Z] > low) & (p.hands[..., Z] < high)
-    level = np.abs(p.hands[..., 0, Z] - p.hands[..., 1, Z]) < 0.2
+    """Forearms really crossed before the chest: each hand past the middle, beyond its elbow.
+
+    Arms hang on the chest. So all of this is seen from there, however the waist is turned.
+    """
+    axes = np.stack([p.facing, np.cross(p.up, p.facing), p.up], -1)  # (..., 3, 3) x, y, z
+    middle = p.shoulders.mean(-2, keepdims=True)
+    hands, elbows = (p.hands - middle) @ axes, (p.elbows - middle) @ axes  # (..., 2, 3)
+    low = (p.pelvis[..., None, :] - middle) @ axes + 0.1  # (..., 1, 3)
+    past = (hands[..., Y] * SIDES < -0.04) & ((elbows - hands)[..., Y] * SIDES > 0)
+    in_front = (hands[..., X] > 0.05) & (hands[..., Z] > low[..., Z]) & (hands[..., Z] < 0.05)
+    level = np.abs(hands[..., 0, Z] - hands[..., 1, Z]) < 0.2
     return {"forearms crossed": past.all(-1), "before the chest": in_front.all(-1) & level}
 
 

@@ -38,21 +38,8 @@ COLUMNS += "episodes success success_held reward reward_at_the_end reward_of_goa
 COLUMNS += "success_zero success_random success_untrained seconds".split()
 
 
-def crossed_by_chest(p: vlmrm.Pose) -> dict:
-    """`vlmrm.crossed`, but past the middle of the chest, however the waist turns that.
-
-    It judges no policy: it was written after one had been seen to cross its arms so.
-    """
-    leftward = np.cross(p.up, p.facing)[..., None, :]  # (..., 1, 3) the chest's
-    middle = p.shoulders.mean(-2, keepdims=True)
-    hand, elbow = (  # how far outward
-        ((points - middle) * leftward).sum(-1) * vlmrm.SIDES for points in (p.hands, p.elbows)
-    )
-    return vlmrm.crossed(p) | {"forearms crossed": ((hand < -0.04) & (elbow > hand)).all(-1)}
-
-
 PARTS = vlmrm.kneeling, vlmrm.lotus, vlmrm.standing, vlmrm.splits
-PARTS += vlmrm.raised, vlmrm.on_hips, vlmrm.crossed, crossed_by_chest
+PARTS += vlmrm.raised, vlmrm.on_hips, vlmrm.crossed
 
 
 def name_of(row: dict) -> str:
