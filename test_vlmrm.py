@@ -1880,6 +1880,11 @@ class Scripts:
         self.patch.setattr(gymnasium, "make", lambda name, **rest: made(name, **rest | small))
         return "--pairs 1 --frames 2 --device cpu"
 
+    def gpu(self, module, words):
+        random_clip = lambda name, device, precision: vlmrm.CLIP("tinyclip", device, precision)  # noqa: E731
+        self.patch.setattr(module, "random_clip", random_clip)
+        return f"--device cpu --small --processes 1 --models any --out {self.folder}"
+
 
 @pytest.fixture
 def scripts(monkeypatch, tmp_path, few_states, first_states, run):
@@ -1918,6 +1923,17 @@ def test_make_trains_a_clip_whose_data_grow_and_trains_one_further(scripts, tmp_
 def test_make_finds_states_of_finished_runs(scripts, run, tmp_path):
     scripts("tinyclip/make.py", "--find", str(run))
     assert np.load(tmp_path / "found.npy").shape == (2 + 100, 24)
+
+
+def test_what_is_timed_on_a_gpu_leaves_a_table_and_all_numbers(scripts, tmp_path):
+    scripts("benchmarks/gpu.py")
+    result, text = read_json(tmp_path / "gpu.json"), (tmp_path / "gpu.md").read_text()
+    assert result["gpu"] == "none" and result["encoders"][0]["share_of_peak"] is None
+    for name in "frames", "encoders", "updates", "loop":
+        assert f"## {name}" in text and text.count("\n|") > len(result[name])
+        speeds = [value for row in result[name] for key, value in row.items() if "per_s" in key]
+        assert speeds and min(speeds) > 0
+    assert {row["settings"] for row in result["loop"]} == {"ours", "the paper's"}
 
 
 def test_ceiling_trains_on_a_reward_that_knows_the_pose(scripts, tmp_path):
