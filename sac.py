@@ -45,7 +45,7 @@ class Config:
     the averaged actor, and that evaluations choose the checkpoint, not the reward in training.
     """
 
-    steps: int = setting(100_000, "environment steps in all [10 million]")
+    steps: int = setting(60_000, "environment steps in all [10 million]")
     learning_starts: int = setting(4_800, "first steps, without updates [50,000, random actions]")
     round_steps: int = setting(100, "steps of an episode, and of each environment in a round")
     updates_per_step: float = setting(0.25, "gradient updates for each environment step [1/32]")

@@ -27,6 +27,7 @@ from pathlib import Path
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is expected is computed on the CPU, to its digits
 import vlmrm  # first: it chooses MuJoCo's renderer, after torch and open_clip
 import sac
+import evaluation.climb
 import evaluation.states
 import gymnasium
 import hypothesis
@@ -56,7 +57,8 @@ from support.command_line import interrupted, main
 from support.pictures import fonts_for
 from support.processes import check_same_start, share, shared_update
 from support.runs import Checkpoint, atomic_open, read_metrics, save_policy, write_csv
-from tinyclip import captions, make, poses
+from support.vocabulary import unread_words
+from tinyclip import bodies, captions, grading, make, poses
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 ROOT = Path(vlmrm.__file__).parent
@@ -1610,7 +1612,7 @@ def test_captions_are_true_of_their_own_frame_and_the_bare_baseline_of_all():
 LABELS = """
 stand+raised: stand raised upright, stand+crossed: stand crossed upright,
 splits: splits any upright, front_splits: front_splits any any,
-stand+crossed+twisted: stand half_crossed any,
+stand+crossed+twisted: stand crossed any,
 one_leg+on_hips: one_leg hips upright, kneel+down: kneel down upright, squat: squat any any,
 on_heels+hanging+left_raised: heels one_raised upright, one_knee+aside: one_knee sides upright,
 lotus+forward: lotus forward upright, all_fours: fours any lying, straddle: straddle any upright,
@@ -1624,27 +1626,98 @@ def test_captioner_names_poses_placed_by_hand():
     kinds = captions.LEGS, captions.ARMS, captions.TRUNK
     for line in " ".join(LABELS.split()).split(", "):
         pose, names = line.split(": ")
-        labels = captions.label(place(pose).qpos[None].copy())[0]
+        state = place(pose).qpos[None].copy()
+        labels = captions.label(vlmrm.measure_states(SCENE.model, state))[0]
         found = [kind[label] for kind, label in zip(kinds, labels)]
         assert all(a in ("any", b) for a, b in zip(names.split(), found)), (line, found)
 
 
-@pytest.fixture(scope="module")
+def test_no_body_is_nearly_this_robot_in_its_proportions_or_its_colours():
+    proportion, colour = bodies.margins(seed=0, count=500)
+    assert proportion > bodies.PROPORTION_MARGIN and colour > bodies.COLOUR_MARGIN
+    robot = dict.fromkeys(bodies.RANGES, 1.0)
+    assert bodies.proportion_margin(robot) == 0
+    assert bodies.colour_margin(np.array(vlmrm.PAINT["head"][:3])) == 0
+
+
+def test_the_robots_own_body_would_come_out_of_the_same_recipe():
+    shapes = {part: "sphere" if part in bodies.ROUND else "capsule" for part in bodies.THICKNESS}
+    body = bodies.Body(dict.fromkeys(bodies.RANGES, 1.0), shapes, None)
+    model = bodies.build(body, np.random.default_rng(0), 32)
+    close(model.body_pos, SCENE.model.body_pos, 1e-9)
+    close(model.geom_pos[1:], SCENE.model.geom_pos[1:], 1e-9)
+    close(model.geom_rbound[1:], SCENE.model.geom_rbound[1:], 1e-9)  # the sphere around each part
+    close(model.body_mass, SCENE.model.body_mass, 1e-9)
+    close(bodies.own_metre(model), 1, 1e-4)
+
+
+def test_the_lowest_point_of_each_shape_lies_on_the_floor_that_it_touches():
+    for number in range(4):
+        rng = bodies.body_rng(1, number)
+        model = bodies.build(bodies.random_body(rng), rng, 32)
+        sim, data = poses.Simulator(model), mujoco.MjData(model)
+        arms = poses.random_arms(sim, rng, 20)
+        for _ in range(5):
+            data.qpos[:] = sim.ground(poses.random_pose(sim, arms, rng), 0)
+            mujoco.mj_forward(model, data)
+            # MuJoCo's own distance from geom 0, the floor
+            distances = [
+                mujoco.mj_geomDistance(model, data, 0, geom, 2, None)
+                for geom in range(1, model.ngeom)
+            ]
+            close(min(distances), 0, 1e-4)
+
+
+def test_a_sentence_is_graded_by_its_parts():
+    pose = drawn(0)[1]
+    labels = captions.label(pose)
+    grades = grading.grade_phrases(pose, labels)
+    rows, rng = np.arange(len(labels)), np.random.default_rng(0)
+    _, says = captions.write_captions(labels, rng)
+    graded = grading.graded_truth(grades, rows, says)
+    true = captions.truth(labels, says)
+    assert graded.shape == true.shape and (graded >= 0).all() and (graded <= 1).all()
+    close(graded[true], 1, 1e-6)
+    assert graded[~true].max() < 0.7  # of one part at least, half is missing
+    vectors, images = grading.arm_vectors(pose), grading.arm_vectors(grading.mirrored(pose))
+    close(grading.arm_vectors(grading.mirrored(grading.mirrored(pose))), vectors, 1e-6)
+    lengths = np.linalg.norm(vectors.reshape(-1, 2, 2, 3), axis=-1)
+    close(np.linalg.norm(images.reshape(-1, 2, 2, 3), axis=-1), lengths[..., ::-1], 1e-5)
+
+
+@functools.cache
+def drawn(number):
+    """Frames of a body, and their poses."""
+    return make.frames_of_body(number, library(), 100, 32, 0)
+
+
+@functools.cache
+def library():
+    return make.arm_library(0, count=3, tries=2000)
+
+
+@functools.cache
 def first_states():
-    return poses.make_states(5, 3000, 20, 2)
+    """Such states as CLIP is trained on, but of this robot."""
+    rng = np.random.default_rng(5)
+    arms = make.choose_arms(SCENE.model, library(), 40, rng)
+    return poses.random_states(poses.Simulator(SCENE.model), arms, rng, 3000)
 
 
-def test_held_out_combinations_are_in_no_training_frame_and_in_no_caption(first_states):
-    pose = vlmrm.measure_states(SCENE.model, first_states)
+def test_held_out_combinations_are_in_no_training_frame_and_in_no_caption():
+    for number in range(3):
+        images, own = drawn(number)
+        assert len(images) == len(own.up) > 80 and not captions.held_out(own).any()
+    states = first_states()
+    pose = vlmrm.measure_states(SCENE.model, states)
     kept = ~captions.held_out(pose)
-    np.testing.assert_array_equal(make.admit(first_states), first_states[kept])
     for task, (_, condition) in vlmrm.COMPOSITIONS.items():  # by the simulator, not the captioner
         assert not (vlmrm.holds(condition, pose) & kept).any(), task
         goals = vlmrm.measure_states(SCENE.model, goal_states(task))
         assert captions.held_out(goals).all()
     for task, (_, condition) in vlmrm.TASKS.items():
         assert (vlmrm.holds(condition, pose) & kept).any(), task
-    labels, rng = captions.label(first_states[kept]), np.random.default_rng(0)
+    labels, rng = captions.label(pose)[kept], np.random.default_rng(0)
     said = set()  # pairs of a legs and an arms phrase
     for _ in range(60):
         _, says = captions.write_captions(labels, rng)
@@ -1674,16 +1747,15 @@ def test_contrastive_loss_is_clips_where_each_frame_has_one_sentence():
     torch.testing.assert_close(make.contrastive_loss(logits, torch.eye(6).double()), both / 2)
 
 
-def test_a_small_clip_learns_and_is_loaded_by_its_folder(first_states, tmp_path, monkeypatch):
+def test_a_small_clip_learns_and_is_loaded_by_its_folder(tmp_path, monkeypatch):
     def recorded(logits, true):
         losses.append(whole(logits, true))
         return losses[-1]
 
     losses, whole = [], make.contrastive_loss
     monkeypatch.setattr(make, "contrastive_loss", recorded)
-    states, config = make.admit(first_states)[::20], make.architecture(width=4, size=32)
-    images, labels = make.render(states, 32), captions.label(states)
-    model = make.train(images, labels, config, steps=40, batch_size=32)
+    (images, pose), config = drawn(0), make.architecture(width=4, size=32)
+    model = make.train(images, pose, config, steps=40, batch_size=32)
     losses = torch.stack(losses)
     assert losses.isfinite().all() and losses[-10:].mean() < losses[:10].mean()
     make.save(model, config, tmp_path)
@@ -1697,7 +1769,7 @@ def test_a_small_clip_learns_and_is_loaded_by_its_folder(first_states, tmp_path,
 
 def test_climbing_poses_earn_more_and_stay_out_of_what_is_held_out():
     rng = np.random.default_rng(0)
-    states = poses.climb(KNEELING, rng, "tinyclip", climbers=6, tries=12).astype(float)
+    states = evaluation.climb.climb(KNEELING, rng, "tinyclip", climbers=6, tries=12).astype(float)
     reward_fn = vlmrm.VLMReward(vlmrm.CLIP(), KNEELING, BASELINE)
     # the same six climbers
     early, middle, late = (reward_fn(vlmrm.render_states(SCENE, part)) for part in states)
@@ -1795,21 +1867,22 @@ def test_climb_script_prints_where_climbers_arrive_and_draws_the_misled(tmp_path
 class Scripts:
     """Runs scripts in this process, on less of everything."""
 
-    def __init__(self, patch, folder, few_states, first_states, finished):
+    def __init__(self, patch, folder, few_states):
         self.patch, self.folder, self.few_states = patch, folder, few_states
-        self.first_states, self.finished = make.admit(first_states)[:40], finished
 
     def __call__(self, path, *words):
         module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
         less = getattr(self, path.split("/")[1].removesuffix(".py"))(module, words)
         if hasattr(module, "in_parallel"):
-            one_by_one = lambda function, jobs: [function(*job) for job in jobs]  # noqa: E731
-            self.patch.setattr(module, "in_parallel", one_by_one)
+            self.patch.setattr(module, "in_parallel", self.one_by_one)
         self.patch.setattr(sys, "argv", [path, *words, *less.split()])
         threads = torch.get_num_threads()
         module.main()
         torch.set_num_threads(threads)
         return module
+
+    def one_by_one(self, function, jobs, *_):
+        return [function(*job) for job in jobs]
 
     def learn_at_the_end(self):
         few = functools.partial(sac.Config, learning_starts=1600, updates_per_step=0.01)
@@ -1817,6 +1890,16 @@ class Scripts:
 
     def climb(self, module, words):
         return f"--task standing --climbers 2 --tries 3 --out {self.folder / 'climb.png'}"
+
+    def scaling(self, module, words):
+        self.patch.setattr(evaluation.states, "EVALUATION_STATES", self.few_states)
+        self.patch.setattr(module, "BODIES", (1, 2))
+        self.patch.setattr(module, "WIDTHS", (2, 4))
+        self.patch.setattr(module, "USUAL", 4)
+        arms = library()
+        self.patch.setattr(make, "arm_library", lambda *_: arms)
+        self.patch.setattr(make, "in_parallel", self.one_by_one)
+        return f"--frames 40 --steps 2 --seeds 1 --out {self.folder}"
 
     def make_states(self, module, words):
         self.patch.setattr(module, "EVALUATION_STATES", self.folder / "made.npz")
@@ -1828,20 +1911,10 @@ class Scripts:
         return ""
 
     def make(self, module, words):
-        arms = poses.arm_library(poses.Body(), np.random.default_rng(0), 5)
-        found = self.folder / "found.npy"
-        np.save(found, self.first_states[:2].astype(np.float16))
-        self.patch.setattr(module, "FOUND", found)
-        self.patch.setattr(vlmrm, "TASKS", {"kneeling": vlmrm.TASKS["kneeling"]})
-        self.patch.setattr(poses, "arm_library", lambda *_: arms)
-        self.patch.setattr(poses, "make_states", lambda *_: self.first_states)
-        self.patch.setattr(poses.climb, "__defaults__", (2, 3, 0.5))
-        self.learn_at_the_end()
-        visit = poses.on_policy_states
-        few = lambda prompt, seed, steps, _, folder: visit(prompt, seed, steps, 80, folder)  # noqa: E731
-        self.patch.setattr(poses, "on_policy_states", few)
-        out = f"--steps 4 --policy-steps 1600 --out {self.folder / 'clip'}"
-        return out if "--further" in words else f"{out} --width 4 --size 32"
+        arms = library()
+        self.patch.setattr(module, "arm_library", lambda *_: arms)
+        small = "--bodies 2 --frames 20 --steps 4 --width 4 --size 32"
+        return f"{small} --out {self.folder / 'clip'}"
 
     def ceiling(self, module, words):
         self.patch.setattr(module, "goal_states", functools.cache(goal_states))
@@ -1887,8 +1960,8 @@ class Scripts:
 
 
 @pytest.fixture
-def scripts(monkeypatch, tmp_path, few_states, first_states, run):
-    return Scripts(monkeypatch, tmp_path, few_states, first_states, run)
+def scripts(monkeypatch, tmp_path, few_states):
+    return Scripts(monkeypatch, tmp_path, few_states)
 
 
 def test_make_states_makes_states_of_all_kinds_and_the_same_scripted_ones(scripts, tmp_path):
@@ -1903,26 +1976,49 @@ def test_make_states_makes_states_of_all_kinds_and_the_same_scripted_ones(script
     close(states[origin == "scripted kneeling"], scripted, 1e-5)
 
 
-def test_make_trains_a_clip_whose_data_grow_and_trains_one_further(scripts, tmp_path, capsys):
-    scripts("tinyclip/make.py", "--keep", str(tmp_path / "kept.npy"))
-    kept = np.load(tmp_path / "kept.npy")
-    assert len(kept) > 150 and kept.shape[1] == 24 and capsys.readouterr().out.count("more") == 3
-    assert vlmrm.CLIP(f"local-dir:{tmp_path / 'clip'}").embed_text(KNEELING).isfinite().all()
-    np.save(tmp_path / "few.npy", kept[:20])
-    scripts("tinyclip/make.py", "--further", str(tmp_path / "few.npy"))
-    further = vlmrm.CLIP(f"local-dir:{tmp_path / 'clip'}")
-    close(further.embed_text(KNEELING), vlmrm.CLIP().embed_text(KNEELING), 0.5)  # not far from it
-    settings = argparse.Namespace(size=32, steps=4, out=tmp_path / "family")
-    threads = torch.get_num_threads()
-    make.make_member(tmp_path / "few.npy", 4, 1, settings)
-    torch.set_num_threads(threads)
-    member = vlmrm.CLIP(f"local-dir:{tmp_path / 'family/width4-seed1'}")
-    assert member.embed_text(KNEELING).isfinite().all()
+def test_make_makes_the_same_clip_twice(scripts, tmp_path, capsys):
+    weights = tmp_path / "clip/open_clip_model.safetensors"
+    scripts("tinyclip/make.py")
+    once = weights.read_bytes()
+    assert np.isfinite(vlmrm.CLIP(f"local-dir:{tmp_path / 'clip'}").embed_text(KNEELING)).all()
+    scripts("tinyclip/make.py")
+    assert weights.read_bytes() == once and "40 frames" in capsys.readouterr().out
 
 
-def test_make_finds_states_of_finished_runs(scripts, run, tmp_path):
-    scripts("tinyclip/make.py", "--find", str(run))
-    assert np.load(tmp_path / "found.npy").shape == (2 + 100, 24)
+def test_scaling_goes_on_where_it_was_and_draws_both_curves(scripts, tmp_path, capsys):
+    scripts("evaluation/scaling.py")
+    with open(tmp_path / "scaling.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    kinds = [(row["bodies"], row["width"], row["grading"]) for row in rows]
+    usual = "as it is"
+    assert kinds[:3] == [("1", "4", usual), ("2", "4", usual), ("2", "2", usual)]
+    others = ["yes or no", "mean alone", "product alone"]
+    assert kinds[3:] == [("2", "4", name) for name in others]
+    assert {row["frames"] for row in rows} == {"40"}
+    assert all(0 <= float(row["auc_near"]) <= 1 and 0 <= float(row["epic"]) <= 1 for row in rows)
+    (tmp_path / "scaling.png").unlink()
+    capsys.readouterr()
+    scripts("evaluation/scaling.py")
+    assert not capsys.readouterr().out and (tmp_path / "scaling.png").exists()
+    assert not (tmp_path / "model").exists()
+
+
+def test_phrases_are_listed_and_a_training_warns_of_words_that_were_never_read(capsys):
+    main(["phrases"])
+    listed = " ".join(capsys.readouterr().out.split())
+    for prompt, _ in vlmrm.JUDGED.values():
+        assert not unread_words(vlmrm.CLIP(), [prompt])
+    for phrase in ("kneeling | on its knees", "with both arms raised", "leaning forward"):
+        assert phrase in listed
+    sentences = ["a humanoid robot Juggling, with its arms raised", "a kitchen"]
+    assert unread_words(vlmrm.CLIP(), sentences) == ["juggling", "kitchen"]
+    vision, text = (
+        dict(layers=1, width=64, patch_size=8, image_size=16),
+        dict(width=8, heads=1, layers=1),
+    )
+    real = argparse.Namespace(tokenizer=open_clip.get_tokenizer("ViT-B-32"))
+    real.model = open_clip.CLIP(8, vision, text)
+    assert not unread_words(real, sentences)
 
 
 def test_what_is_timed_on_a_gpu_leaves_a_table_and_all_numbers(scripts, tmp_path):
@@ -2057,13 +2153,12 @@ def test_readmes_command_works(command, scripts, run, few_states, tmp_path, monk
     if program == "torchrun":
         args = torchrun_parser().parse_args(words)
         words = [args.training_script, *args.training_script_args]
-    instead = {"RUN": str(run), "...": "", "KEPT": str(tmp_path / "kept.npy")}
+    instead = {"RUN": str(run), "...": ""}
     instead["local-dir:PATH"] = f"local-dir:{ROOT / 'tinyclip'}"
     script, *words = filter(None, (instead.get(word, word) for word in words))
     if script == "sac.py":
         return  # has its own test
     if script != "vlmrm.py":
-        np.save(tmp_path / "kept.npy", scripts.first_states)
         return scripts(script, *words)
     args = parse(words)
     models = np.atleast_1d(getattr(args, "model", "tinyclip"))

@@ -17,8 +17,9 @@ two match is the reward. This file is the method:
     python vlmrm.py --help                       # all that the command line can do
 
 Left to itself it uses the *embedded CLIP*, a small one that comes with this repository and runs
-on any machine. It is a stand-in: it was trained on pictures of this very robot, so it is not
-zero-shot, unlike the real CLIPs that --model names.
+on any machine. It never saw this robot, its scene or its camera: it was trained on pictures of
+other bodies. But it knows nothing except their poses, in some 170 phrases, unlike the real CLIPs
+that --model names.
 
 Each section begins with its own imports. Sections 1 and 2 can be copied into other code.
 
@@ -108,7 +109,7 @@ if sys.platform == "linux" and "libLLVM" in Path("/proc/self/maps").read_text():
     sys.setdlopenflags(flags)
 import open_clip
 
-EMBEDDED_CLIP = "tinyclip"  # the folder beside this file; trained on this robot, not zero-shot
+EMBEDDED_CLIP = "tinyclip"  # the folder beside this file. It never saw this robot: tinyclip/README
 BASELINE_PROMPT = "a humanoid robot"  # the scene without the goal
 
 
@@ -239,13 +240,13 @@ def load_open_clip(model: str, device: str, precision: str) -> tuple:
             near = ", ".join(difflib.get_close_matches(model, known, 3, 0.3)) or "none"
             near = f"local-dir:{model}" if Path(model).expanduser().is_dir() else near
             raise ValueError(f"open_clip knows no model {model!r}; nearest: {near}")
-    config = open_clip.get_model_config(name) or {}
-    text = config.get("text_cfg", {})
-    needed = text.get("hf_model_name") or text.get("hf_tokenizer_name")
-    if needed and importlib.util.find_spec("transformers") is None:
-        raise ValueError(f"{model} reads its text by {needed}: pip install transformers")
     try:
         torch.zeros(1, device=device)  # no such device? Say so before a download
+        config = open_clip.get_model_config(name) or {}
+        text = config.get("text_cfg", {})
+        needed = text.get("hf_model_name") or text.get("hf_tokenizer_name")
+        if needed and importlib.util.find_spec("transformers") is None:
+            raise ImportError(f"it reads text by {needed}: pip install transformers")
         # Weights were trained with one of two activation functions. open_clip's list knows which,
         # but only warns where the architecture says the other.
         quick_gelu = bool(tag) and open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False)
@@ -382,7 +383,7 @@ class Scene:
 
 
 def paint(spec: mujoco.MjSpec):
-    """Realistic textures: a pale robot with dark joints and orange hands and feet, tiles, a sky."""
+    """Realistic textures: pale and dark parts, orange hands and feet, tiles, a sky."""
     for texture in spec.textures:
         if texture.type == mujoco.mjtTexture.mjTEXTURE_SKYBOX:
             texture.rgb1, texture.rgb2 = (0.75, 0.85, 0.95), (0.30, 0.50, 0.75)
@@ -423,8 +424,8 @@ DREW = set()  # the processes that have drawn; a fork inherits it
 def opengl() -> Iterator[None]:
     """What draws in here leaves OpenGL as it was. Raises ValueError in a fork, which would hang.
 
-    OpenGL works on one context at a time, the current one. Were ours left current, whoever draws or
-    deletes next without making its own current would do so in ours.
+    OpenGL works on one context at a time, the current one. Were ours left current, other code that
+    does not choose its own would draw, or delete, in ours.
     """
     if DREW and os.getpid() not in DREW:
         how = 'AsyncVectorEnv(..., context="spawn"), with a Scene made in each process'
@@ -622,7 +623,7 @@ def on_hips(p: Pose) -> dict:
 def crossed(p: Pose) -> dict:
     """Forearms really crossed before the chest: each hand past the middle, beyond its elbow.
 
-    Arms hang on the chest. So all of this is seen from there, however the waist is turned.
+    It is measured along the torso's axes, because arms hang on it, however the waist is turned.
     """
     axes = np.stack([p.facing, np.cross(p.up, p.facing), p.up], -1)  # (..., 3, 3) x, y, z
     middle = p.shoulders.mean(-2, keepdims=True)

@@ -219,7 +219,7 @@ def main():
         draw_gallery(results, ASSETS / "gallery.gif")
     if args.alphas:
         usual = dict(task="kneeling", model=vlmrm.EMBEDDED_CLIP, pink=0, gamma=0.95)
-        usual |= dict(azimuth=180, steps=100_800)
+        usual |= dict(azimuth=180, steps=60_800)
         plain = [row for row in rows if usual.items() <= row.items()]
         draw_alphas(plain, ASSETS / "alpha.png")
 

@@ -13,8 +13,9 @@ from evaluation.evaluate import evaluate
 from vlmrm import BASELINE_PROMPT, CAMERA, EMBEDDED_CLIP, JUDGED, TASKS
 
 from support.training import play, train
+from support.vocabulary import phrases
 
-COMMANDS = dict(train=train, evaluate=evaluate, play=play)
+COMMANDS = dict(train=train, evaluate=evaluate, play=play, phrases=phrases)
 
 
 def path(text: str) -> Path:
@@ -30,7 +31,7 @@ def add(group, name: str, meaning: str, **settings):
 def add_clip(group, **several):
     """What both commands ask of a CLIP."""
     meaning = "NAME/TAG from open_clip's list, hf-hub:REPO or local-dir:PATH. Left out: tinyclip, "
-    meaning += "embedded here, trained on pictures of this robot, a stand-in and not zero-shot"
+    meaning += "embedded here, which reads few phrases and never saw this robot"
     add(group, "--model", meaning, default=[EMBEDDED_CLIP] if several else EMBEDDED_CLIP, **several)
     precisions = dict(choices=("fp32", "fp16", "bf16"), default="fp32")
     add(group, "--precision", "of CLIP's weights. Left out: fp32", **precisions)
@@ -101,6 +102,7 @@ def parser() -> argparse.ArgumentParser:
         ("train", "train a policy on a sentence", add_train),
         ("evaluate", "judge rewards before training on them", add_evaluate),
         ("play", "show a trained policy in new episodes", add_play),
+        ("phrases", "list what the embedded CLIP can read", lambda command: None),
     ):
         command = commands.add_parser(
             name,

@@ -19,6 +19,7 @@ from vlmrm import BASELINE_PROMPT, CAMERA, EMBEDDED_CLIP, JUDGED
 
 from support.pictures import plot_curve, record_video, show_window
 from support.processes import check_same_start, join, share
+from support.vocabulary import unread_words
 from support.runs import (
     Checkpoint,
     check_free,
@@ -85,6 +86,8 @@ def train(args: argparse.Namespace):
         shape = envs.action_space.shape
         say("Judging what has learned nothing: three times", args.episodes, "episodes")
         references = judge_references(judge, agent, shape, args.seed)
+    if unread := unread_words(clip, [*prompt, *baseline]):
+        say(f"warning: this CLIP never read {', '.join(unread)}. It can read: vlmrm.py phrases")
     against = f"{prompt} against {baseline}, alpha {args.alpha:g}"
     say(f"Training {against}, on {device}, into {out}/")
     round_size = config.round_steps * args.envs

@@ -1,29 +1,27 @@
-"""Makes a CLIP like the embedded one, into runs/clip, in about an hour on 2 cores:
+"""Makes a CLIP like the embedded one, into runs/clip, in under two hours on 2 cores:
 
     python tinyclip/make.py
 
-What it is, plainly: a stand-in, trained on captioned pictures of this very robot, including
-rollouts of policies that were trained on its own rewards, so that everything here runs on any
-machine. It is not zero-shot, and its scores say nothing about the paper's models, which never saw
-this robot.
+What it is, plainly: a small CLIP that knows one thing, how humanoid bodies are posed. Like the
+paper's, it never saw the robot that it judges: it learns from pictures of other bodies in other
+scenes. Unlike the paper's, it knows nothing else.
 
-    1. states     scripted, blended, mixed and random poses, settled under gravity by weak motors;
-                  random policies (poses.py)
-    2. captions   computed from each state by geometry, so that any frame, however odd, has a true
-                  sentence (captions.py)
-    3. training   contrastive, like CLIP's; but in a batch, every sentence that is true of a frame
-                  is a positive. And the cosine of a frame and a sentence is pulled towards one
-                  value if it is true, another if not
-    4. found      if found.npy is there: states of policies of long trainings on earlier models,
-                  some of them misled
-    5. climbs     three times meanwhile, for each of the eight prompts: random poses are changed at
-                  random, and each change is kept that the unfinished model rewards. What it likes,
-                  right or wrong, is found in minutes, and joins the data with true captions
-    6. policies   so do, once, the states of policies that SAC trains on the unfinished model's
-                  rewards
+    1. bodies     at random: other limbs, shapes and colours, in other scenes, seen by other cameras
+                  (bodies.py)
+    2. states     each body is posed, settles under its own gravity, and is moved by random motors
+                  (poses.py). No policy plays in any of them
+    3. captions   computed from each state by geometry, in the body's own measure, so that any
+                  frame, however odd, has a true sentence (captions.py)
+    4. grades     how nearly each other sentence is true as well (grading.py)
+    5. training   contrastive, like CLIP's; but in a batch, every sentence that is true of a frame
+                  is a positive. And the cosine of a frame and a sentence is pulled towards how
+                  nearly it is true. Meanwhile the image tower also learns to name the labels and to
+                  tell where each limb is (Aids)
 
 Six combinations, such as kneeling with raised arms, are kept from all of it (HELD_OUT): sentences
-to try it on. No success condition and no hand-written reward is used here.
+to try it on. No success condition and no hand-written reward is used here, but the captions' rules
+mirror the conditions. The same command on the same machine, with as many threads, makes the same
+weights; the committed ones were made on one core, with OMP_NUM_THREADS=1 before the command.
 """
 
 import argparse
@@ -39,15 +37,82 @@ import open_clip
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import mujoco
 import numpy as np
 from safetensors.torch import save_file
-from tinyclip import poses
+from tinyclip import bodies, grading, poses
 from tinyclip.captions import ARMS, LEGS, SUBJECTS, TABLES, TRUNK
-from tinyclip.captions import held_out, label, truth, write_captions
+from tinyclip.captions import arms_of, held_out, label, truth, write_captions
 from tinyclip.poses import in_parallel
 from torch import Tensor
 
-FOUND = Path(__file__).parent / "found.npy"
+# --------------------------------------------------------------------------------------------------
+# The data
+
+
+def arm_library(seed: int, count: int = 24, tries: int = 2500) -> np.ndarray:
+    """Angles of both arms in radians, (n, 6), found by trying random ones on `count` bodies."""
+    found = []
+    for i in range(count):
+        rng = bodies.body_rng(seed, i)
+        model = bodies.build(bodies.random_body(rng), rng, 32)
+        tried = poses.random_arms(poses.Simulator(model), rng, tries)
+        found.append(choose_arms(model, tried, 10, rng))
+    return np.concatenate(found)
+
+
+def choose_arms(
+    model: mujoco.MjModel, angles: np.ndarray, each: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Of angles (n, 6) of a body's arms, `each` of every label that is among them, (m, 6).
+
+    Of those that the prompts name, three times as many.
+    """
+    sim = poses.Simulator(model)
+    states = np.tile(model.qpos0, (len(angles), 1))
+    states[:, sim.arms] = angles
+    labels, chosen = arms_of(bodies.measure(model, states)), []
+    for name in [*ARMS, "raised", "raised", "crossed", "crossed", "hips", "hips"]:
+        rows = np.flatnonzero(labels == ARMS.index(name))
+        if len(rows):
+            chosen.append(angles[rng.choice(rows, each)])
+    return np.concatenate(chosen)
+
+
+def make_data(
+    count: int, frames: int, size: int, seed: int, log: Callable = print
+) -> tuple[np.ndarray, vlmrm.Pose]:
+    """`count` bodies in `frames` states each: frames, uint8 (N, size, size, 3), and their poses."""
+    arms = arm_library(seed, min(24, count))
+    log(f"{len(arms)} poses of arms")
+    jobs, parts = [(i, arms, frames, size, seed) for i in range(count)], []
+    for part in in_parallel(frames_of_body, jobs, min(2, torch.get_num_threads())):
+        parts.append(part)
+        if len(parts) % 20 == 0:
+            log(f"{len(parts)} of {count} bodies")
+    pose = vlmrm.Pose(*(np.concatenate(x) for x in zip(*(pose for _, pose in parts))))
+    return np.concatenate([drawn for drawn, _ in parts]), pose
+
+
+def frames_of_body(
+    number: int, arms: np.ndarray, count: int, size: int, seed: int
+) -> tuple[np.ndarray, vlmrm.Pose]:
+    """Body `number` in `count` of its states, those with rare labels more often than others.
+
+    Returns frames, uint8 (N, size, size, 3), and their poses in the body's own measure. N is less
+    than count where too many states are held out.
+    """
+    rng = bodies.body_rng(seed, number)
+    body = bodies.random_body(rng)
+    model = bodies.build(body, rng, size)
+    arms = choose_arms(model, arms[rng.integers(len(arms), size=1500)], 40, rng)
+    states = poses.random_states(poses.Simulator(model), arms, rng, 2 * count)
+    pose = bodies.measure(model, states)
+    chance = chances(label(pose)) ** 2 * ~held_out(pose)
+    count = min(count, np.count_nonzero(chance))
+    rows = rng.choice(len(states), count, replace=False, p=chance / chance.sum())
+    return bodies.draw(body, model, states[rows], rng), vlmrm.Pose(*(x[rows] for x in pose))
+
 
 # --------------------------------------------------------------------------------------------------
 # The model and its training
@@ -69,80 +134,87 @@ def architecture(width: int = 16, size: int = 96) -> dict:
     )
 
 
+class Aids(nn.Module):
+    """What only training has, to learn sooner where the limbs are: it is dropped at saving."""
+
+    def __init__(self, visual: nn.Module, targets: int):
+        super().__init__()
+        # of the embedding: which label of each kind is it?
+        self.heads = nn.ModuleList(nn.Linear(64, len(names)) for names in (LEGS, ARMS, TRUNK))
+        # of the last feature map, which the embedding is made of: where is each limb?
+        side = visual.image_size // 32
+        channels = visual.layer4[-1].conv3.out_channels
+        self.places = nn.Linear(channels * side * side, targets)
+        # from a cosine to a truth in [0, 1]
+        self.line = nn.Parameter(torch.tensor([1.6, 0.0]))
+        visual.layer4.register_forward_hook(lambda *args: setattr(self, "map", args[-1]))
+
+
 def train(
     frames: np.ndarray,
-    labels: np.ndarray,
+    pose: vlmrm.Pose,
     config: dict,
     steps: int,
     seed: int = 0,
-    batch_size: int = 256,
-    grow: Callable | None = None,
-    trained: open_clip.CLIP | None = None,
+    batch_size: int = 128,
+    folder: Path | None = None,
 ) -> open_clip.CLIP:
-    """A new model of frames, uint8 (N, H, W, 3), and their labels (N, 3); or `trained`, further.
-
-    grow(model, i) -> more of both, which is asked for after quarter i = 1, 2, 3 of the steps; for
-    a trained model once, with i = 1, after half of them.
-    """
+    """A new model of frames, uint8 (N, H, W, 3), and their poses; saved meanwhile in `folder`."""
     torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    model = (trained or open_clip.CLIP(**config)).requires_grad_()
-    model.to(memory_format=torch.channels_last)
+    rng, labels = np.random.default_rng(seed), label(pose)
+    grades = grading.grade_phrases(pose, labels)
+    places = np.concatenate([grading.leg_vectors(pose), grading.arm_vectors(pose)], 1)
+    places = (places - places.mean(0)) / places.std(0)
+    model = open_clip.CLIP(**config).requires_grad_().to(memory_format=torch.channels_last)
     tokenizer = open_clip.SimpleTokenizer(context_length=config["text_cfg"]["context_length"])
-    mask = used_tokens(tokenizer)
+    mask, aids = used_tokens(tokenizer), Aids(model.visual, places.shape[1])
     silence(model, mask)
-    # two aids that only training has: classifiers of the labels, and a line from a cosine to 0 or 1
-    heads = nn.ModuleList(nn.Linear(64, len(names)) for names in (LEGS, ARMS, TRUNK))
-    line = nn.Parameter(
-        torch.tensor([1.2, 0.28] if trained else [1.6, 0.0])
-    )  # once fitted; a start
-    parameters = [*model.parameters(), *heads.parameters(), line]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.02, fused=True)
-    rate = 1e-3 if trained else 2e-3
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)
+    parameters = [*model.parameters(), *aids.parameters()]
+    optimizer = torch.optim.AdamW(parameters, 2e-3, weight_decay=0.02, fused=True)
+    # the learning rate rises in the first tenth, then falls to 0 along half a cosine
+    rate = [min(10 * t, 1) * (1 + np.cos(np.pi * t)) / 2 for t in np.linspace(0, 1, steps + 1)]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: rate[min(i + 1, steps)])
     mean, std = (torch.tensor(PREPROCESS[key]).view(3, 1, 1) for key in ("mean", "std"))
     model.train()
     # bf16 is 1.5 times as fast where a CPU has it; elsewhere a tenth as fast
     bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    start, report = time.time(), np.zeros(5)
-    turns = [0, steps // 2] if trained else [0, steps // 4, steps // 2, 3 * steps // 4]
+    start, report, chance = time.time(), np.zeros(6), chances(labels)
     for i in range(steps):
-        if i in turns:
-            if i and grow:
-                more_frames, more_labels = grow(model, turns.index(i))
-                frames = np.concatenate([frames, more_frames])
-                labels = np.concatenate([labels, more_labels])
-            order = iter(rng.choice(len(frames), (steps - i, batch_size), p=chances(labels)))
-        rows = next(order)
+        rows = rng.choice(len(frames), batch_size, p=chance)
         x = torch.from_numpy(frames[rows]).permute(0, 3, 1, 2).float() / 255
         x = (x * (1 + 0.1 * torch.randn(len(x), 1, 1, 1)) - mean) / std  # darker or brighter
         sentences, says = write_captions(np.tile(labels[rows], (2, 1)), rng)  # two of each frame
         true = torch.from_numpy(truth(labels[rows], says)).float()  # (B frames, 2B sentences)
+        graded = torch.from_numpy(grading.graded_truth(grades, rows, says))
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             image = model.encode_image(x.contiguous(memory_format=torch.channels_last))
         image = F.normalize(image.float(), dim=-1)
         text = F.normalize(model.encode_text(tokenizer(sentences)), dim=-1)
         cosine = image @ text.T  # (B, 2B)
         contrastive = contrastive_loss(model.logit_scale.exp().clamp(max=30) * cosine, true)
+        # a cosine has to say how true, and no more. A new model learns less if this has its full
+        # weight from the start
+        squared = (aids.line[0] * cosine + aids.line[1] - graded).square().mean()
+        weight = 30 * min(1, 2 * i / steps)
         y = torch.from_numpy(labels[rows])
-        auxiliary = [F.cross_entropy(head(image) * 10, y[:, k]) for k, head in enumerate(heads)]
-        # a cosine has to say true or not, and no more. A new model learns less if this has its
-        # full weight from the start
-        squared = (line[0] * cosine + line[1] - true).square().mean()
-        weight = 20 if trained else 20 * i / steps
-        loss = contrastive + weight * squared + 0.5 * sum(auxiliary)
+        kinds = [F.cross_entropy(head(image) * 10, y[:, k]) for k, head in enumerate(aids.heads)]
+        found = aids.places(aids.map.float().flatten(1))
+        off = (found - torch.from_numpy(places[rows])).square().mean()
+        loss = contrastive + weight * squared + 0.5 * sum(kinds) + off
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         silence(model, mask)
-        report += [contrastive.item(), squared.item(), *(a.item() for a in auxiliary)]
-        if (i + 1) % 100 == 0:
-            names = "contrastive", "squared", "legs", "arms", "trunk"
-            losses = " ".join(f"{name} {value / 100:.3f}" for name, value in zip(names, report))
+        report += [contrastive.item(), squared.item(), *(k.item() for k in kinds), off.item()]
+        if (i + 1) % 50 == 0:
+            names = "contrastive", "squared", "legs", "arms", "trunk", "places"
+            losses = " ".join(f"{name} {value / 50:.3f}" for name, value in zip(names, report))
             print(f"  step {i + 1}/{steps} {losses} {time.time() - start:.0f} s", flush=True)
             report[:] = 0
+        if folder and (i + 1) % 300 == 0:
+            save(model, config, folder)
     return model.eval()
 
 
@@ -193,80 +265,23 @@ def save(model: open_clip.CLIP, config: dict, folder: Path):
 # The command line
 
 
-def render(states: np.ndarray, size: int) -> np.ndarray:
-    """qpos (N, 24) -> uint8 (N, size, size, 3)."""
-    return vlmrm.render_states(vlmrm.Scene((size, size)), states)
-
-
-def draw(states: np.ndarray, size: int) -> np.ndarray:
-    """render, by two processes."""
-    return np.concatenate(in_parallel(render, [(half, size) for half in np.array_split(states, 2)]))
-
-
-def admit(states: np.ndarray) -> np.ndarray:
-    """Those of the states (N, 24) that are not held out."""
-    return states[~held_out(vlmrm.measure_states(vlmrm.Scene().model, states))]
-
-
 def make(args: argparse.Namespace):
-    """States, training and climbs, as at the top of this file."""
-    start, config = time.time(), architecture(args.width, args.size)
+    """Bodies, states, frames and training, as at the top of this file."""
+    start = time.time()
 
     def log(text):
         print(f"[{(time.time() - start) / 60:.1f} min] {text}", flush=True)
 
-    kept = np.load(args.further) if args.further else np.zeros((0, 24), np.float32)
-    first_seed = len(kept)  # other seeds for other poses than those that were kept
-    jobs = [(first_seed + i, 5500, 1250, 75) for i in range(2 if args.further else 4)]
-    states = [kept, *in_parallel(poses.make_states, jobs)]
-    if FOUND.exists():
-        found = np.load(FOUND).astype(np.float32)
-        rng = np.random.default_rng(4)
-        states += [found, poses.around(poses.Body(), np.tile(found, (3, 1)), rng)]
-    states = [admit(np.concatenate(states))]
-    log(f"{len(states[0])} states to begin with")
-
-    def grow(model, turn):
-        save(model, config, args.out)
-        prompts = [prompt for prompt, _ in vlmrm.TASKS.values()]
-        seeds = [first_seed + 100 * turn + i for i in range(len(prompts))]
-        jobs = [(prompt, seed, args.out) for prompt, seed in zip(prompts, seeds)]
-        found = in_parallel(poses.climbed_states, jobs)
-        if turn == 2:
-            jobs = [(p, i, args.policy_steps, 2000, args.out) for i, p in enumerate(prompts)]
-            found += in_parallel(poses.on_policy_states, jobs)
-        states.append(admit(np.concatenate(found)))
-        log(f"{len(states[-1])} states more")
-        return draw(states[-1], args.size), label(states[-1])
-
-    labels = label(states[0])
+    frames, pose = make_data(args.bodies, args.frames, args.size, args.seed, log)
+    log(f"{len(frames)} frames")
+    labels = label(pose)
     for k, names in enumerate((LEGS, ARMS, TRUNK)):
         counts = np.bincount(labels[:, k], minlength=len(names))
         print("  " + ", ".join(f"{name} {count}" for name, count in zip(names, counts)))
-    trained = None
-    if args.further:
-        trained = vlmrm.CLIP(vlmrm.EMBEDDED_CLIP, device="cpu").model.float()
-    frames = draw(states[0], args.size)
-    model = train(frames, labels, config, args.steps, grow=grow, trained=trained)
+    config = architecture(args.width, args.size)
+    model = train(frames, pose, config, args.steps, args.seed, folder=args.out)
     save(model, config, args.out)
     log(f"a model in {args.out}")
-    if args.keep:
-        np.save(args.keep, np.concatenate(states))
-
-
-def make_member(states: Path, width: int, seed: int, args: argparse.Namespace):
-    """One model of --family, on the states in a .npy file."""
-    torch.set_num_threads(1)
-    states, config = np.load(states), architecture(width, args.size)
-    model = train(render(states, args.size), label(states), config, args.steps, seed)
-    save(model, config, args.out / f"width{width}-seed{seed}")
-
-
-def find(runs: list[Path]):
-    """Adds states of the policies of finished runs to found.npy."""
-    found = [np.load(FOUND)] if FOUND.exists() else []
-    found += [poses.played_states(run) for run in runs]
-    np.save(FOUND, np.concatenate(found).astype(np.float16))
 
 
 def main():
@@ -275,28 +290,14 @@ def main():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/clip"), help="where the model goes")
+    add("--bodies", type=int, default=500, help="bodies to learn from")
+    add("--frames", type=int, default=130, help="frames of each")
     add("--steps", type=int, default=4000, help="training steps")
-    meaning = "environment steps of each policy"
-    add("--policy-steps", type=int, default=20_000, help=meaning)
     add("--width", type=int, default=16, help="of the image tower")
     add("--size", type=int, default=96, help="of the frames, in pixels")
-    add("--keep", type=Path, help="a .npy file for the states that it was trained on")
-    meaning = "train the embedded CLIP further for --steps: on the states that --keep kept of its "
-    meaning += "training, those of found.npy, half as many new ones as a training begins with, and "
-    add("--further", type=Path, metavar="KEPT", help=meaning + "what climbs find once")
-    meaning = "train several widths and seeds for --steps on the states that --keep kept, into "
-    add("--family", type=Path, metavar="KEPT", help=meaning + "folders under --out")
-    meaning = "make nothing: add states of the policies of these finished runs to found.npy"
-    add("--find", nargs="+", type=Path, metavar="RUN", help=meaning)
-    args = parser.parse_args()
-    if args.find:
-        find(args.find)
-    elif args.family:
-        members = [(width, seed) for width in (24, 16, 8, 4, 2) for seed in range(2)]
-        in_parallel(make_member, [(args.family, *member, args) for member in members])
-    else:
-        make(args)
+    add("--seed", type=int, default=0, help="of all that is random")
+    add("--out", type=Path, default=Path("runs/clip"), help="where the model goes")
+    make(parser.parse_args())
 
 
 if __name__ == "__main__":
