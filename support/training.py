@@ -87,7 +87,7 @@ def train(args: argparse.Namespace):
         say("Judging what has learned nothing: three times", args.episodes, "episodes")
         references = judge_references(judge, agent, shape, args.seed)
     if unread := unread_words(clip, [*prompt, *baseline]):
-        say(f"warning: this CLIP never read {', '.join(unread)}. It can read: vlmrm.py phrases")
+        say(f"warning: this CLIP never read {', '.join(unread)}. See: python vlmrm.py phrases")
     against = f"{prompt} against {baseline}, alpha {args.alpha:g}"
     say(f"Training {against}, on {device}, into {out}/")
     round_size = config.round_steps * args.envs
