@@ -15,6 +15,7 @@ and 300 that are blends of two such scripts or have a leg of each, 200 of unifor
 let go of and settled under gravity, and 200 of a random policy.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -176,6 +177,8 @@ def policy(task: str, steps: int = 40_000) -> tuple[np.ndarray, np.ndarray]:
 
 
 def main():
+    about = "Makes states.npz, the fixed states on which rewards are judged. Trains eight policies."
+    argparse.ArgumentParser(description=about).parse_args()
     tasks = list(SCRIPTS)
     found = {"between": between(), "settled": settled(), "random policy": random_policy()}
     found |= {f"scripted {task}": scripted(task) for task in tasks}
