@@ -1140,6 +1140,7 @@ def test_a_run_raises_the_clip_reward_and_leaves_its_settings_metrics_and_result
     config, rows = read_json(run / "config.json"), read_metrics(run / "metrics.csv")
     settings = dict(baseline=["a humanoid robot"], look="realistic", model="tinyclip", device="cpu")
     settings |= {key: vlmrm.CAMERA[key] for key in ("distance", "elevation", "azimuth")}
+    settings |= dict(height=1.0)
     assert config == config | expected | settings | dict(precision="fp32", hidden=256)
     rewards = [row["reward"] for row in rows]
     assert np.mean(rewards[-2:]) > np.mean(rewards[:2]) + 0.02
@@ -1290,6 +1291,7 @@ def test_error_for_settings_that_make_no_sense(error):
         ("--alpha 1.5", "[0, 1]"),
         ("--device nowhere", "nowhere"),
         ("--distance nan", "camera"),
+        ("--height inf", "camera"),
         ("--gamma 2", "gamma"),
         ("--seed -1", "seed"),
         ("--seed 99999999999", "seed"),

@@ -57,6 +57,8 @@ def add_train(command):
     add(group, "--elevation", meaning, type=float, default=CAMERA["elevation"])
     meaning = "in degrees: 180 sees the front"
     add(group, "--azimuth", meaning, type=float, default=CAMERA["azimuth"])
+    meaning = "of the point that it looks at, in m"
+    add(group, "--height", meaning, type=float, default=float(CAMERA["lookat"][2]))
     group = command.add_argument_group("learning, by SAC. In [brackets]: the paper's, if different")
     add(group, "--envs", "environments that step together [32]", type=int, default=16)
     for field in fields(sac.Config):

@@ -57,7 +57,7 @@ def train(args: argparse.Namespace):
     if new:
         check_free(out, args.overwrite, "config.json", "metrics.csv")
     config = checked_config(args, processes)
-    camera = CAMERA | {key: getattr(args, key) for key in ("distance", "elevation", "azimuth")}
+    camera = camera_of(vars(args))
 
     clip = vlmrm.CLIP(args.model, device, args.precision)
     reward_fn = vlmrm.VLMReward(clip, prompt, baseline, args.alpha)
@@ -147,6 +147,12 @@ def find_task(args: argparse.Namespace) -> tuple:
     return task, prompt, JUDGED[task][1] if task else None
 
 
+def camera_of(settings: dict) -> dict:
+    """For a Scene: the camera of these flags."""
+    camera = {key: settings[key] for key in ("distance", "elevation", "azimuth")}
+    return camera | dict(lookat=(0, 0, settings["height"]))
+
+
 def check_quotes(prompts: list[str]):
     """Raises ValueError for words that were meant as a sentence; some scripts have no spaces."""
     words = all(len(prompt.split()) == 1 and max(prompt) < "\u0e00" for prompt in prompts)
@@ -157,9 +163,10 @@ def check_quotes(prompts: list[str]):
 
 def checked_config(args: argparse.Namespace, processes: int) -> sac.Config:
     """SAC's settings. Raises ValueError if they, the camera or the numbers of things cannot be."""
-    if not np.isfinite([args.distance, args.elevation, args.azimuth]).all() or args.distance <= 0:
+    camera = args.distance, args.elevation, args.azimuth, args.height
+    if not np.isfinite(camera).all() or args.distance <= 0:
         given = f"--distance {args.distance}, --elevation {args.elevation}"
-        given += f", --azimuth {args.azimuth}"
+        given += f", --azimuth {args.azimuth}, --height {args.height}"
         raise ValueError(f"{given}: a camera needs finite numbers, and some distance")
     uneven = args.envs % processes or args.batch_size % processes
     if args.envs < 1 or args.episodes < 1 or uneven:
@@ -273,7 +280,7 @@ def play(args: argparse.Namespace):
     agent = sac.SAC(*spaces, sac.Config(hidden=settings["hidden"]))
     agent.load_state_dict(torch.load(run / "policy.pt", "cpu", weights_only=True))
     seed = 4 * 10**9 + args.seed  # other episodes than any of training, judgement or its video
-    camera = CAMERA | {key: settings[key] for key in ("distance", "elevation", "azimuth")}
+    camera = camera_of(settings)
     act, length = agent.deterministic_action, settings["round_steps"]
     screen = sys.platform != "linux" or os.environ.get("DISPLAY")
     if screen and not args.out:
