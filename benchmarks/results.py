@@ -161,6 +161,7 @@ def print_parts(run: Path):
     clip = vlmrm.CLIP(config["model"])
     reward_fn = vlmrm.VLMReward(clip, config["prompt"], config["baseline"], config["alpha"])
     camera = {key: config.get(key, usual) for key, usual in vlmrm.CAMERA.items()}
+    camera["lookat"] = 0, 0, config.get("height", 1)
     envs = vlmrm.make_envs(vlmrm.Scene(clip.size, config["look"], camera))
     spaces, states = (envs.single_observation_space, envs.single_action_space), []
     agent = sac.SAC(*spaces, sac.Config(hidden=config["hidden"]))

@@ -150,7 +150,7 @@ def find_task(args: argparse.Namespace) -> tuple:
 def camera_of(settings: dict) -> dict:
     """For a Scene: the camera of these flags."""
     camera = {key: settings[key] for key in ("distance", "elevation", "azimuth")}
-    return camera | dict(lookat=(0, 0, settings["height"]))
+    return camera | dict(lookat=(0, 0, settings.get("height", 1)))  # older runs had no other
 
 
 def check_quotes(prompts: list[str]):
