@@ -781,6 +781,16 @@ kneeling-hands-on-hips: kneel+on_hips | kneel+hanging kneel stand+on_hips lotus+
 splits-arms-raised: splits+raised | splits+hanging+left_raised splits straddle+raised
 splits-arms-crossed: splits+crossed | splits+on_chest splits+forward straddle+crossed
 lotus-arms-raised: lotus+raised | lotus+aside lotus sit+raised
+squatting-arms-crossed: squat+crossed
+    | squat+on_chest squat+forward squat crouch+crossed stand+crossed kneel+crossed
+kneeling-one-arm-raised: kneel+hanging+left_raised kneel+down+left_raised
+    | kneel+raised kneel+hanging kneel stand+hanging+left_raised
+arms-out: stand+aside
+    | stand+raised stand+forward stand+down stand+left_aside stand+on_hips squat+aside
+sitting: sit sit+raised
+    | straddle splits lotus on_heels sit+bent_more sit+tipped sit+in_air squat
+squatting: squat squat+raised squat+crossed
+    | crouch kneel one_knee sit all_fours squat+tipped squat+in_air
 """
 CASES = dict(case.split(":") for case in re.split(r"\n(?=\w)", GOALS_AND_NEAR_MISSES.strip()))
 

@@ -606,9 +606,46 @@ def one_leg(p: Pose) -> dict:
     }
 
 
+def squatting(p: Pose) -> dict:
+    """On both feet with the knees well bent, upright, neither on the knees nor seated."""
+    thigh, shin = p.hips - p.knees, p.feet - p.knees
+    lengths = np.linalg.norm(thigh, axis=-1) * np.linalg.norm(shin, axis=-1)
+    return {
+        "upright": p.up[..., Z] > 0.72,
+        "both feet down": (p.feet[..., Z] < 0.13).all(-1),
+        "knees bent": ((thigh * shin).sum(-1) > -0.34 * lengths).all(-1),  # by 70 degrees or more
+        "knees up": (p.knees[..., Z] > 0.2).all(-1),
+        "low, not seated": (p.pelvis[..., Z] > 0.27) & (p.pelvis[..., Z] < 0.65),
+    }
+
+
+def sitting(p: Pose) -> dict:
+    """Upright on the floor, both legs straight along it, each less than 30 degrees from forward."""
+    leg, parts = p.feet - p.hips, splits(p)
+    parts.pop("legs to the sides")
+    return parts | {"legs forward": (leg[..., X] > 1.73 * np.abs(leg[..., Y])).all(-1)}
+
+
 def raised(p: Pose) -> dict:
     """Both hands above the top of the head."""
     return {"hands above the head": (p.hands[..., Z] > p.head[..., Z, None] + 0.09).all(-1)}
+
+
+def one_raised(p: Pose) -> dict:
+    """One hand above the top of the head, the other below its shoulder."""
+    above = p.hands[..., Z] > p.head[..., Z, None] + 0.09
+    below = p.hands[..., Z] < p.shoulders[..., Z]
+    return {"a hand above the head": above.any(-1), "the other down": below.any(-1)}
+
+
+def arms_out(p: Pose) -> dict:
+    """Each hand at least 40 cm outwards of its shoulder, and within 25 cm of its height.
+
+    Outwards of the torso, as in `crossed`. A straight arm reaches 62 cm.
+    """
+    hand, leftward = p.hands - p.shoulders, np.cross(p.up, p.facing)[..., None, :]
+    outwards = (hand * leftward).sum(-1) * SIDES > 0.4
+    return {"hands out to the sides": (outwards & (np.abs(hand[..., Z]) < 0.25)).all(-1)}
 
 
 def on_hips(p: Pose) -> dict:
@@ -675,8 +712,25 @@ COMPOSITIONS: dict[str, tuple[str, Condition]] = {
         "a humanoid robot doing the side splits, with its arms crossed",
         both(splits, crossed),
     ),
+    "squatting-arms-crossed": (
+        "a humanoid robot squatting, with its arms crossed",
+        both(squatting, crossed),
+    ),
 }
-JUDGED = TASKS | COMPOSITIONS
+# Not the paper's either. Of each of these, the embedded CLIP has seen pictures.
+OTHERS: dict[str, tuple[str, Condition]] = {
+    "kneeling-one-arm-raised": (
+        "a humanoid robot kneeling, with one arm raised",
+        both(kneeling, one_raised),
+    ),
+    "arms-out": (
+        "a humanoid robot standing up, with its arms out to the sides",
+        both(standing, arms_out),
+    ),
+    "sitting": ("a humanoid robot sitting with straight legs", sitting),
+    "squatting": ("a humanoid robot squatting", squatting),
+}
+JUDGED = TASKS | COMPOSITIONS | OTHERS
 
 
 def success_rates(success: np.ndarray) -> tuple[float, float]:

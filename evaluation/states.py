@@ -26,15 +26,23 @@ def load_states() -> tuple[np.ndarray, np.ndarray]:
 def goal_states(task: str) -> np.ndarray:
     """Scripted poses that meet the condition of a task in vlmrm.JUDGED, qpos (N, 24).
 
-    A composition's have another pose's arms. Raises ValueError for any other task.
+    Those of two poses at once have the arms of other poses. Raises ValueError for any other task.
     """
     if task not in vlmrm.JUDGED:
         raise ValueError(f"the task is {task!r}; it has to be one of {', '.join(vlmrm.JUDGED)}")
     states, origin = load_states()
     states = states[np.char.startswith(origin, "scripted")]
-    if task in vlmrm.COMPOSITIONS:
-        states, rng = np.repeat(states, 8, 0), np.random.default_rng(0)
-        states[:, 18:] = states[rng.permutation(len(states)), 18:]  # the joints of the arms
+    if task not in vlmrm.TASKS:
+        from evaluation.make_states import MORE, scripted  # which imports this module
+
+        if task in MORE:
+            return scripted(task)
+        states = np.concatenate([states, *(scripted(pose) for pose in MORE if pose in task)])
+        times = 8 if task in vlmrm.COMPOSITIONS else 16
+        states, rng = np.repeat(states, times, 0), np.random.default_rng(0)
+        both, right, left = slice(18, 24), slice(18, 21), slice(21, 24)  # the joints of the arms
+        for joints in [both] if task in vlmrm.COMPOSITIONS else [right, left]:
+            states[:, joints] = states[rng.permutation(len(states)), joints]
     _, condition = vlmrm.JUDGED[task]
     return states[vlmrm.holds(condition, vlmrm.measure_states(vlmrm.Scene().model, states))]
 

@@ -43,8 +43,8 @@ def add_clip(group, **several):
 def add_train(command):
     group = command.add_argument_group("the task")
     add(group, "prompt", "the goal in a sentence, or in several to be averaged", nargs="*")
-    meaning = "one of the paper's eight, or a combination that tinyclip was never shown: its "
-    meaning += "prompt, unless another is given, and its success condition. Left out: kneeling"
+    meaning = "one of the paper's eight, a combination that tinyclip was never shown, or another: "
+    meaning += "its prompt, unless one is given, and its success condition. Left out: kneeling"
     add(group, "--task", meaning, choices=JUDGED)
     meaning = "strength of the projection, from 0 (plain CLIP) to 1"
     add(group, "--alpha", meaning, type=float, default=0.5)
