@@ -1906,6 +1906,9 @@ class Scripts:
     def climb(self, module, words):
         return f"--task standing --climbers 2 --tries 3 --out {self.folder / 'climb.png'}"
 
+    def landscape(self, module, words):
+        return f"--points 3 --alpha 0 1 --out {self.folder}"
+
     def scaling(self, module, words):
         self.patch.setattr(evaluation.states, "EVALUATION_STATES", self.few_states)
         self.patch.setattr(module, "BODIES", (1, 2))
@@ -2045,6 +2048,20 @@ def test_what_is_timed_on_a_gpu_leaves_a_table_and_all_numbers(scripts, tmp_path
         speeds = [value for row in result[name] for key, value in row.items() if "per_s" in key]
         assert speeds and min(speeds) > 0
     assert {row["settings"] for row in result["loop"]} == {"ours", "the paper's"}
+
+
+def test_landscapes_of_classic_control_are_drawn_for_any_clip(scripts, saved, tmp_path):
+    name, clip = saved
+    module = scripts("evaluation/landscape.py", "--model", name, "tinyclip")
+    with open(tmp_path / "landscape.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 3 * 2 * 3  # models, panels, alphas, points
+    plain, coloured = (module.car_frames(np.array([-0.5, 0.5]), x) for x in (False, True))
+    assert plain.shape == coloured.shape == (2, 600, 600, 3)
+    moved = (plain[0] != plain[1]).any(-1)  # the car, wherever the mountain is coloured
+    np.testing.assert_array_equal((coloured[0] != coloured[1]).any(-1), moved)
+    reward = vlmrm.VLMReward(clip, *module.CAR, alpha=1)(coloured[1:])
+    assert -1 <= reward[0] <= 1 and Image.open(tmp_path / "landscape.png").size[1] > 800
 
 
 def test_ceiling_trains_on_a_reward_that_knows_the_pose(scripts, tmp_path):

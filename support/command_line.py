@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import os
 import shlex
 import sys
 import textwrap
@@ -127,6 +128,10 @@ def main(argv: list[str] | None = None):
     args.typed = argv
     try:
         COMMANDS[args.command](args)
+    except BrokenPipeError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
+        if args.command != "phrases":  # which was read far enough, as by: phrases | head
+            sys.exit(f"error: {error}")
     except (ValueError, OSError) as error:  # OSError: a full disk, a folder that is not ours
         sys.exit(f"error: {error}")
     except (MemoryError, RuntimeError) as error:
