@@ -3,7 +3,8 @@
 Algorithm 1 is made for rewards that are slow one at a time and fast in batches, like those of a
 vision model. In a round, many environments act for the length of an episode, and keep their frames.
 One call of `reward_fn(frames) -> rewards` labels them all. The labelled transitions go to a replay
-buffer, from which SAC updates its networks. Then comes the next round. Nothing here knows CLIP.
+buffer, from which SAC updates its networks. While it does, the next round may already be played, by
+the policy as it was before. Nothing here knows CLIP.
 
 SAC (Haarnoja et al. 2018, "Soft Actor-Critic Algorithms and Applications", arXiv:1812.05905) has
 
@@ -41,8 +42,9 @@ def setting(default: float, meaning: str, least: float = 1e-9, most: float = 1e1
 class Config:
     """Hyperparameters, chosen for minutes on two CPU cores. [In brackets: the paper's, if others.]
 
-    What else differs from the paper's SAC: standardised observations, layer norm in the critics,
-    the averaged actor, and that evaluations choose the checkpoint, not the reward in training.
+    What else differs from the VLM-RM paper's SAC: standardised observations, layer norm in the
+    critics, the averaged actor, that evaluations choose the checkpoint, not the reward in training,
+    and that a round is played by a policy that has not learned from the round before yet.
     """
 
     steps: int = setting(60_000, "environment steps in all [10 million]")
@@ -58,7 +60,7 @@ class Config:
     learning_rate: float = setting(6e-4, "of Adam at the start; falls towards 0 [constant]")
     init_temperature: float = setting(0.1, "weight of entropy at the start; it is learned [1]")
     hidden: int = setting(256, "width of the two hidden layers of each network")
-    eval_every: int = setting(3_200, "steps between evaluations; at least 1/32 of all steps")
+    eval_every: int = setting(3_200, "steps between evaluations; if more, 1/32 of all steps")
     eval_episodes: int = setting(16, "episodes in an evaluation")
     seed: int = setting(0, "of everything random", 0, 10**8)
 
@@ -327,14 +329,16 @@ def label(reward_fn: Callable, frames: np.ndarray) -> np.ndarray:
 
 def evaluate(
     envs: VectorEnv, act: Callable, reward_fn: Callable | None, episodes: int, seed: int, steps: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Reward and success at each step of some episodes, (episodes, steps) both; as in rollout."""
-    rewards, successes = [], []
-    for first in range(0, episodes, envs.num_envs):
-        played = rollout(envs, act, steps, reward_fn, seed + first)
-        rewards.extend(played.reward.T)
-        successes.extend(played.success.T)
-    return np.array(rewards[:episodes]), np.array(successes[:episodes])
+) -> Transitions:
+    """Some episodes, side by side: as of rollout with N = episodes, seeds seed, seed + 1, ..."""
+    firsts = range(seed, seed + episodes, envs.num_envs)
+    parts = [rollout(envs, act, steps, reward_fn, first) for first in firsts]
+    return Transitions(*(x[:, :episodes] for x in side_by_side(parts)))
+
+
+def side_by_side(parts: list[Transitions]) -> Transitions:
+    """The environments of all parts, one after the other, along N."""
+    return Transitions(*(np.concatenate(x, 1) for x in zip(*parts)))
 
 
 def pink_noise(rng: np.random.Generator, shape: tuple[int, int, int]) -> np.ndarray:
@@ -356,6 +360,78 @@ def pink_noise(rng: np.random.Generator, shape: tuple[int, int, int]) -> np.ndar
 # Algorithm 1
 
 
+class Player:
+    """Plays rounds and evaluations for `train`, which calls `begin`, and later `finish`.
+
+    Here all playing is done in `finish`. The workers of support/workers.py, other processes, play
+    from `begin` on, while `train` learns. Both play by the weights given to `begin`, so it makes no
+    difference to a training who is faster.
+
+    envs: with autoreset_mode DISABLED, since rollout resets what has ended; ValueError for others.
+    reward_fn: frames, uint8 (B, H, W, 3) -> rewards (B,); None for the environments' own. config:
+    the training's.
+    """
+
+    def __init__(self, envs: VectorEnv, reward_fn: Callable | None, config: Config):
+        mode = envs.metadata.get("autoreset_mode")
+        if mode != AutoresetMode.DISABLED:
+            raise ValueError(f"autoreset_mode is {mode}: make the environments with DISABLED")
+        self.envs, self.reward_fn, self.config = envs, reward_fn, config
+        self.num_envs, self.jobs = envs.num_envs, []
+        spaces = envs.single_observation_space, envs.single_action_space
+        self.agent = SAC(
+            *spaces, config
+        )  # it acts, by the weights that are given, and never learns
+
+    def begin(self, weights: dict, start: int):
+        """weights: the state_dict of an agent. start: steps of the training before this round."""
+        self.jobs.append((weights, start))
+
+    def forget(self):
+        """What was begun by a training that ended early."""
+        self.jobs.clear()
+
+    def finish(self) -> tuple[Transitions | None, Transitions | None]:
+        """Of what was begun first and not finished yet: the round, and an evaluation or None.
+
+        An evaluation comes with some rounds, of the same weights. When all steps of the training
+        are played, it comes alone, with None for the round.
+        """
+        return self.play(*self.jobs.pop(0))
+
+    def play(self, weights: dict, start: int, first: int = 0, count: int | None = None) -> tuple:
+        """The same, or a worker's part: the environments first, first + 1, ... of count in all."""
+        config, mine, count = self.config, self.envs.num_envs, count or self.envs.num_envs
+        self.agent.load_state_dict(weights)
+        played = evaluation = None
+        if start < config.steps:
+            # Each round has a generator of its own, so that a resumed training goes on alike. Its
+            # noise is drawn at once, because each step of pink noise depends on the others.
+            rng = np.random.default_rng([config.seed, start])
+            shape = config.round_steps, count, self.agent.act_size  # (T, N, A), all environments
+            pink = start < config.pink * config.steps
+            noise = pink_noise(rng, shape) if pink else rng.standard_normal(shape)
+            noise = iter(torch.from_numpy(noise[:, first : first + mine]).float())
+            act = lambda obs: self.agent.act(obs, next(noise))  # noqa: E731
+            # Training shares no seed with evaluations: its own begin at 10^10, those of evaluations
+            # (below, the same each time) at 10^9, those of a final judgement (in main) at 2 * 10^9.
+            seed = 10**10 * (config.seed + 1) + start + first
+            played = rollout(self.envs, act, config.round_steps, self.reward_fn, seed)
+        if self.is_evaluated(start, config.round_steps * count):
+            begin, end = (config.eval_episodes * k // count for k in (first, first + mine))
+            seed, act = 10**9 + config.seed + begin, self.agent.deterministic_action
+            counts = end - begin, seed, config.round_steps
+            evaluation = evaluate(self.envs, act, self.reward_fn, *counts)
+        return played, evaluation
+
+    def is_evaluated(self, start: int, round_size: int) -> bool:
+        """Whether these weights are: the first that have learned, every so often, and the last."""
+        since = start - self.config.learning_starts - round_size
+        every = max(self.config.eval_every, self.config.steps // 32)
+        due = since >= 0 and since % every < round_size
+        return start >= self.config.steps or due and start + round_size < self.config.steps
+
+
 class Progress:
     """All that a training is made of besides its agent. Saved between rounds, it can be resumed.
 
@@ -365,64 +441,47 @@ class Progress:
     def __init__(self, agent: SAC, round_size: int):
         size = min(agent.config.buffer_size, agent.config.steps + round_size)  # all, if it fits
         self.buffer = ReplayBuffer(size, agent.obs_size, agent.act_size)
-        self.steps, self.next_eval = 0, agent.config.learning_starts
-        self.best_reward, self.best = -math.inf, None  # of evaluations, and the agent's state then
+        self.steps, self.weights = 0, copy.deepcopy(agent.state_dict())  # what plays the next round
+        self.best_reward, self.best = -math.inf, None  # of evaluations, and the weights evaluated
 
 
-def train(
-    agent: SAC,
-    envs: VectorEnv,
-    eval_envs: VectorEnv,
-    reward_fn: Callable | None,
-    progress: Progress | None = None,
-) -> Iterator[dict]:
-    """Algorithm 1. Yields a dict after each round. At the end the agent is its best checkpoint.
+def train(agent: SAC, player: Player, progress: Progress | None = None) -> Iterator[dict]:
+    """Algorithm 1. Yields a dict after each round. At the end the agent has its best weights.
 
-    envs: a vector environment with autoreset_mode DISABLED, since rollout resets what has ended.
-    eval_envs: another, for the evaluations of the deterministic policy, which choose the checkpoint
-    by reward alone. reward_fn: frames, uint8 (B, H, W, 3) -> rewards (B,); None for the
-    environments' own reward. progress: where to resume.
+    player: plays and labels. Evaluations, of the deterministic policy, choose the best weights by
+    reward alone. progress: where to resume.
 
     In the dict: "steps"; "reward", the mean of a step; "success" (environments, round_steps), at
-    each step; what the last update returned; and after an evaluation "eval_reward", "eval_success",
-    and if it beats all before, "best". Raises ValueError if learning diverges, and for another
-    autoreset_mode.
+    each step; once it learns, "critic_loss", "actor_loss", "temperature" and "entropy" of the last
+    update; and where the weights that played the round were evaluated, or in the last dict those
+    that were learned last, "eval_reward", "eval_success" (episodes, round_steps), and if they are
+    the best so far, "best". Raises ValueError if learning diverges, and for NaN from environments.
     """
-    config, round_size = agent.config, agent.config.round_steps * envs.num_envs
+    config, round_size = agent.config, agent.config.round_steps * player.num_envs
     progress = progress or Progress(agent, round_size)
-    modes = {env.metadata.get("autoreset_mode") for env in (envs, eval_envs)}
-    if modes != {AutoresetMode.DISABLED}:
-        raise ValueError(f"the environments have autoreset_mode {modes}: make them with DISABLED")
-
+    player.forget()
+    player.begin(progress.weights, progress.steps)
     for start in range(progress.steps, config.steps, round_size):
-        steps = progress.steps = start + round_size
-        # Each round has a generator of its own, so that a resumed training goes on alike.
-        rng = np.random.default_rng([config.seed, start])
-        torch.manual_seed(int(rng.integers(2**63)))
-
-        # Play a round and label its frames. The policy's noise is drawn for the whole round at
-        # once, because each step of pink noise depends on the others.
-        shape = (config.round_steps, *envs.action_space.shape)  # (T, N, A)
-        pink = start < config.pink * config.steps
-        noise = pink_noise(rng, shape) if pink else rng.standard_normal(shape)
-        noise = iter(torch.as_tensor(noise, dtype=torch.float32, device=agent.device))
-        act = lambda obs: agent.act(obs, next(noise))  # noqa: E731
-        # Training shares no seed with evaluations: its own begin at 10^10, those of evaluations
-        # (below, the same each time) at 10^9, those of a final judgement (in main) at 2 * 10^9.
-        seed = 10**10 * (config.seed + 1) + start
-        played = rollout(envs, act, config.round_steps, reward_fn, seed)
-        if not np.isfinite(played.obs).all():
-            raise ValueError("observations of the environments are NaN or infinite")
+        # Begin the next round with the weights of now, then collect this one, which was begun with
+        # older ones. What is learned below first plays the round after the next.
+        steps, weights = start + round_size, progress.weights
+        progress.steps, progress.weights = steps, copy.deepcopy(agent.state_dict())
+        if steps < config.steps:
+            player.begin(progress.weights, steps)
+        played, evaluation = player.finish()
         row = dict(steps=steps, reward=float(played.reward.mean()), success=played.success.T)
 
         # Move the transitions to the replay buffer.
         columns = [x.reshape(round_size, -1) for x in played[:5]]  # all but success
         rows = torch.from_numpy(np.concatenate(columns, 1, dtype=np.float32))
+        if not rows.isfinite().all():
+            raise ValueError("observations or rewards of the environments are NaN or infinite")
         progress.buffer.add(rows)
         agent.norm.update(rows[:, : agent.obs_size].to(agent.device))
 
         # Learn, in smaller and smaller steps, so that the policy comes to rest.
         if steps >= config.learning_starts:
+            torch.manual_seed(10**10 * config.seed + start)  # for batches and the policy's noise
             learning_rate = config.learning_rate * (1 - start / config.steps)
             updates = max(1, round(round_size * config.updates_per_step))
             losses = learn(agent, progress.buffer, updates, learning_rate)
@@ -430,17 +489,16 @@ def train(
                 raise ValueError(f"learning diverged within {steps} steps. Lower the learning_rate")
             row |= losses
 
-        # Evaluate, and keep the best.
-        if steps >= progress.next_eval or steps >= config.steps:
-            progress.next_eval = steps + max(config.eval_every, config.steps // 32)
-            episodes, seed, length = config.eval_episodes, 10**9 + config.seed, config.round_steps
-            evaluation = evaluate(
-                eval_envs, agent.deterministic_action, reward_fn, episodes, seed, length
-            )
-            row |= dict(eval_reward=float(evaluation[0].mean()), eval_success=evaluation[1])
+        # Keep the best weights. The last ones play no round, but are evaluated too.
+        if steps >= config.steps:
+            weights = progress.weights = copy.deepcopy(agent.state_dict())
+            player.begin(weights, steps)
+            evaluation = player.finish()[1]
+        if evaluation is not None:
+            row |= dict(eval_reward=float(evaluation.reward.mean()))
+            row |= dict(eval_success=evaluation.success.T)
             if row["eval_reward"] > progress.best_reward:
-                progress.best_reward, row["best"] = row["eval_reward"], True
-                progress.best = copy.deepcopy(agent.state_dict())
+                progress.best_reward, progress.best, row["best"] = row["eval_reward"], weights, True
         yield row
     agent.load_state_dict(progress.best)
 
@@ -463,19 +521,16 @@ def main():
     def make():
         return gymnasium.make("Pendulum-v1")  # an episode is 200 steps; its return is at most 0
 
-    envs, eval_envs = (
-        gymnasium.vector.SyncVectorEnv([make] * 8, autoreset_mode=AutoresetMode.DISABLED)
-        for _ in range(2)
-    )
+    envs = gymnasium.vector.SyncVectorEnv([make] * 8, autoreset_mode=AutoresetMode.DISABLED)
     settings = dict(steps=16_000, learning_starts=1_600, round_steps=200, updates_per_step=0.5)
     settings |= dict(batch_size=128, gamma=0.97, learning_rate=2e-3, init_temperature=0.5)
     config = Config(**settings, hidden=64, actor_tau=0.05)  # smaller and faster than the humanoid's
     agent = SAC(envs.single_observation_space, envs.single_action_space, config)
-    for row in train(agent, envs, eval_envs, None):
+    for row in train(agent, Player(envs, None, config)):
         if "eval_reward" in row:
             print(f"{row['steps']:6} steps, return {200 * row['eval_reward']:6.0f}")
-    rewards, _ = evaluate(eval_envs, agent.deterministic_action, None, 32, 2 * 10**9, 200)
-    print(f"the best of these policies, in 32 new episodes: {rewards.sum(1).mean():.0f}")
+    played = evaluate(envs, agent.deterministic_action, None, 32, 2 * 10**9, 200)
+    print(f"the best of these policies, in 32 new episodes: {played.reward.sum(0).mean():.0f}")
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ from support.pictures import fonts_for
 from support.processes import check_same_start, share, shared_update
 from support.runs import Checkpoint, atomic_open, read_metrics, save_policy, write_csv
 from support.vocabulary import unread_words
+from support.workers import Workers
 from tinyclip import bodies, captions, grading, make, poses
 from torch.distributed.run import get_args_parser as torchrun_parser
 
@@ -888,30 +889,29 @@ def test_rollout_labels_the_frame_after_the_action_and_does_not_call_truncation_
     assert goes_on.all(1).tolist() == goes_on.any(1).tolist() == [1, 1, 0, 1, 1, 0, 1]
     np.testing.assert_array_equal(obs[0], envs.reset(seed=0)[0])
     envs = points(env=type("Ending", (Point,), dict(ends=True)))  # a real end is reported
-    obs, _, _, next_obs, terminated, _ = sac.rollout(envs, np.zeros_like, 2, None, seed=0)
-    assert terminated.all() and (obs[1] != next_obs[0]).any(-1).all()
+    ended = sac.rollout(envs, np.zeros_like, 2, None, seed=0)
+    assert ended.terminated.all() and (ended.obs[1] != ended.next_obs[0]).any(-1).all()
 
 
-def learn(steps, reward_fn=nearness, count=8, **settings):
+USUAL = dict(learning_starts=800, round_steps=20, batch_size=128, gamma=0.9, hidden=64, seed=3)
+USUAL |= dict(learning_rate=1e-3, actor_tau=0.01, eval_every=800)
+
+
+def learn(steps, reward_fn=nearness, count=8, player=None, **settings):
     """With fewer updates than usual. Several processes share it."""
-    usual = dict(learning_starts=800, round_steps=20, batch_size=128, gamma=0.9, hidden=64, seed=3)
-    usual |= dict(learning_rate=1e-3, actor_tau=0.01, eval_every=800)
-    agent, rows, kept = point_agent(steps=steps, **usual | settings), [], None
-    envs, eval_envs = points(count=count), points(count=count)
-    for row in sac.train(agent, *share(agent, envs, eval_envs, reward_fn)):
-        rows.append(row)
-        kept = copy.deepcopy(agent.state_dict()) if row.get("best") else kept
-    return agent, rows, kept
+    agent = point_agent(steps=steps, **USUAL | settings)
+    player = player or sac.Player(*share(agent, points(count=count), reward_fn), agent.config)
+    return agent, list(sac.train(agent, player))
 
 
 def test_sac_solves_a_task_that_it_sees_only_through_frames():
-    agent, rows, _ = learn(12_000)
+    agent, rows = learn(12_000)
 
     def straight_to_the_middle(obs):
         return (np.clip(-obs, -0.3, 0.1) + 0.1) / 0.2  # -0.3..0.1 to -1..1
 
     best, learned = (
-        sac.evaluate(points(), act, nearness, 64, 50_000, 20)[0].mean()
+        sac.evaluate(points(), act, nearness, 64, 50_000, 20).reward.mean()
         for act in (straight_to_the_middle, agent.deterministic_action)
     )
     assert learned > best - 0.02 and rows[0]["reward"] < best - 0.3
@@ -926,6 +926,7 @@ def test_exploration_noise_is_pink_for_a_share_of_the_run_and_then_white(share, 
     seen = []
     monkeypatch.setattr(sac.SAC, "act", act)
     rows = learn(1280, pink=share)[1]
+    assert not np.array_equal(seen[0], seen[20])
     noise = np.stack(seen).reshape(len(rows), 20, 8, 2)  # rounds, steps, environments, actions
     correlation = (noise[:, 1:] * noise[:, :-1]).mean((1, 2, 3))
     pink = round(len(rows) * share)
@@ -933,7 +934,7 @@ def test_exploration_noise_is_pink_for_a_share_of_the_run_and_then_white(share, 
 
 
 def test_one_seed_gives_one_run():
-    (one, rows, _), (two, same_rows, _) = learn(1_600), learn(1_600)
+    (one, rows), (two, same_rows) = learn(1_600), learn(1_600)
     np.testing.assert_equal(rows, same_rows)
     same(one.state_dict(), two.state_dict())
     assert rows[-1]["critic_loss"] != learn(1_600, seed=4)[1][-1]["critic_loss"]
@@ -941,19 +942,66 @@ def test_one_seed_gives_one_run():
 
 @pytest.mark.parametrize("trend", [1, -1])
 def test_checkpoint_that_is_kept_is_the_one_with_the_best_eval_reward(trend):
-    clock = itertools.count()
-    agent, rows, kept = learn(2_400, lambda images: np.full(len(images), trend * next(clock)))
+    class Remembering(sac.Player):
+        def play(self, policy, *rest):
+            results = super().play(policy, *rest)
+            if results[1]:
+                evaluated.append((results[1].reward.mean(), copy.deepcopy(policy)))
+            return results
+
+    clock, evaluated = itertools.count(), []
+    config = sac.Config(steps=2_400, **USUAL)
+    reward_fn = lambda images: np.full(len(images), trend * next(clock))  # noqa: E731
+    agent, rows = learn(2_400, player=Remembering(points(), reward_fn, config))
     best = [bool(row.get("best")) for row in rows if "eval_reward" in row]
-    assert best == [True, trend == 1, trend == 1]
-    same(agent.state_dict(), kept)
+    assert best == [True, trend == 1, trend == 1] and len(evaluated) == 3
+    same(agent.state_dict(), max(evaluated, key=lambda pair: pair[0])[1])
+
+
+@pytest.mark.parametrize(("workers", "label_here"), [(1, False), (2, False), (2, True)])
+def test_workers_play_what_this_process_would(workers, label_here):
+    config = sac.Config(steps=1_600, **USUAL)
+    player = Workers(functools.partial(points, 20), 8, nearness, config, workers, label_here)
+    processes = [process for _, _, process in player.workers]
+    try:
+        next(sac.train(point_agent(steps=1_600, **USUAL), player))  # and is broken off
+        agent, rows = learn(1_600, player=player)
+    finally:
+        player.close()
+    assert len(processes) == workers and not any(process.is_alive() for process in processes)
+    alone, same_rows = learn(1_600)
+    np.testing.assert_equal(rows, same_rows)
+    same(agent.state_dict(), alone.state_dict())
+
+
+def test_a_player_forgets_a_training_that_was_broken_off():
+    player = sac.Player(points(), nearness, sac.Config(steps=1_600, **USUAL))
+    next(sac.train(point_agent(steps=1_600, **USUAL), player))
+    (agent, rows), (alone, same_rows) = learn(1_600, player=player), learn(1_600)
+    np.testing.assert_equal(rows, same_rows)
+    same(agent.state_dict(), alone.state_dict())
+
+
+def test_a_worker_that_ends_is_reported_and_what_cannot_be_sent_refused():
+    config = sac.Config(steps=1_600, **USUAL)
+    with pytest.raises(ValueError, match="cannot be sent"):
+        Workers(lambda count: points(), 8, nearness, config, 1, False)
+    for workers in 3, 16:
+        with pytest.raises(ValueError, match="equal shares"):
+            Workers(functools.partial(points, 20), 8, nearness, config, workers, False)
+    player = Workers(functools.partial(points, 20), 8, nearness, config, 1, False)
+    player.workers[0][2].kill()
+    with pytest.raises(ValueError, match="--workers 0"):
+        learn(1_600, player=player)
+    player.close()
 
 
 def test_the_pendulum_of_sac_py_runs(monkeypatch, capsys):
     whole = sac.Config
-    monkeypatch.setattr(sac, "Config", lambda **rest: whole(**rest | dict(steps=3_200)))
+    monkeypatch.setattr(sac, "Config", lambda **rest: whole(**rest | dict(steps=6_400)))
     sac.main()
     first, last, judged = capsys.readouterr().out.splitlines()
-    assert first.startswith("  1600 steps") and last.startswith("  3200 steps")
+    assert first.startswith("  4800 steps") and last.startswith("  6400 steps")
     assert all(-2000 < float(line.split()[-1]) < 0 for line in (first, last, judged))
 
 
@@ -1038,7 +1086,7 @@ def test_mistakes_in_a_call_are_named():
         (lambda: sac.Config(seed=10**20), "seed"),
         (lambda: sac.Config(seed=float("nan")), "seed"),
         (lambda: sac.Config(hidden=2.5), "whole number"),
-        (lambda: next(sac.train(point_agent(), same_step, same_step, None)), "DISABLED"),
+        (lambda: sac.Player(same_step, None, sac.Config()), "DISABLED"),
         (lambda: vlmrm.CLIP(Path("tinyclip")), "name"),
         (lambda: vlmrm.CLIP(precision="fp64"), "fp64"),
         (lambda: vlmrm.Scene(look="Realistic"), "look"),
@@ -1128,14 +1176,15 @@ def test_two_files_and_the_weights_are_enough_to_train(tmp_path):
 # The command line: two short trainings, and what they leave
 
 SMALL = "--envs 4 --round-steps 20 --learning-starts 80 --updates-per-step 0.1 --hidden 64"
-SMALL = f"{SMALL} --eval-episodes 4 --episodes 4 --device cpu".split()
+SMALL = f"{SMALL} --eval-episodes 4 --episodes 4 --device cpu --workers 0".split()
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "kneeling-seed0"
     quick = "--learning-starts 1600 --updates-per-step 0.4 --batch-size 64 --learning-rate 1e-3"
-    main(f"train --steps 6400 {quick} --episodes 16 --seed 0 --device cpu --out {out}".split())
+    quick = f"{quick} --episodes 16 --seed 0 --device cpu --workers 1"
+    main(f"train --steps 6400 {quick} --out {out}".split())
     return out
 
 
@@ -1181,9 +1230,10 @@ def test_saved_policy_is_the_one_that_was_judged(run, clip):
     agent = sac.SAC(envs.single_observation_space, envs.single_action_space, settings)
     agent.load_state_dict(torch.load(run / "policy.pt", weights_only=True))
     reward_fn = vlmrm.VLMReward(clip, config["prompt"], config["baseline"], config["alpha"])
-    rewards, success = sac.evaluate(envs, agent.deterministic_action, reward_fn, 16, 2 * 10**9, 100)
-    close(rewards.mean(), result["reward"], 1e-6)
-    assert vlmrm.success_rates(success) == (result["success"], result["success_held"])
+    played = sac.evaluate(envs, agent.deterministic_action, reward_fn, 16, 2 * 10**9, 100)
+    close(played.reward.mean(), result["reward"], 1e-6)
+    success = result["success"], result["success_held"]
+    assert vlmrm.success_rates(played.success.T) == success
 
 
 def test_curve_and_video_can_be_seen(run):
@@ -1220,7 +1270,7 @@ def test_a_sentence_on_the_command_line_is_trained_on_and_not_judged(free_run):
     reward_fn = vlmrm.VLMReward(vlmrm.CLIP(), BOWING, ["a robot", "the robot"])
     scene = vlmrm.Scene(look="original", camera=vlmrm.CAMERA | dict(azimuth=90))
     config = sac.Config(**settings, eval_episodes=4)
-    trained = sac.train(*vlmrm.prepare(reward_fn, config, None, scene, 4), reward_fn)
+    trained = sac.train(*vlmrm.prepare(reward_fn, config, None, scene, 4))
     close([row["reward"] for row in trained], [row["reward"] for row in rows], 1e-6)
 
 
@@ -1302,6 +1352,9 @@ def test_error_for_settings_that_make_no_sense(error):
         ("--device nowhere", "nowhere"),
         ("--distance nan", "camera"),
         ("--height inf", "camera"),
+        ("--workers 3", "equal shares"),
+        ("--workers -1", "equal shares"),
+        ("--workers 4 --eval-episodes 3", "equal shares"),
         ("--gamma 2", "gamma"),
         ("--seed -1", "seed"),
         ("--seed 99999999999", "seed"),
@@ -1419,8 +1472,8 @@ def train_in(folder, rank=0, processes=1, stop=None, steps=1_600, **settings):
     progress = checkpoint.restore()
     check_same_start(progress.steps, folder)
     rows = read_metrics(metrics) if metrics.exists() else []
-    shared = share(agent, points(), points(), nearness)
-    for count, row in enumerate(sac.train(agent, *shared, progress), 1):
+    player = sac.Player(*share(agent, points(), nearness), agent.config)
+    for count, row in enumerate(sac.train(agent, player, progress), 1):
         row = {key: row[key] for key in columns if key in row}
         rows = [*(old for old in rows if old["steps"] < row["steps"]), row]
         if rank == 0:
@@ -1428,7 +1481,7 @@ def train_in(folder, rank=0, processes=1, stop=None, steps=1_600, **settings):
             checkpoint.save()
         if count == stop:
             return
-    save_policy(folder / "policy.pt", agent)
+    save_policy(folder / "policy.pt", agent.state_dict())
 
 
 def train_alone(folder):
@@ -1488,12 +1541,15 @@ def test_a_full_disk_leaves_what_was_there_before(tmp_path):
 
 
 def test_a_killed_command_is_resumed_to_the_last_byte(tmp_path):
-    settings = [*SMALL, *"--steps 1200 --elevation -15 --pink 0.5 --out".split()]
+    settings = [*SMALL, *"--steps 1200 --elevation -15 --pink 0.5 --workers 2 --out".split()]
     finish(start(*settings, tmp_path / "whole"))
     job = start(*settings, run := tmp_path / "run")
     wait_for(run / "checkpoint/round160.npy", job)
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
     job.kill()
     job.communicate()
+    while any(Path(f"/proc/{child}/cmdline").exists() for child in children):  # its workers, too
+        time.sleep(0.1)
     with pytest.raises(SystemExit, match="leave out --alpha"):
         main(["train", "--resume", str(run), "--alpha", "0.25"])
     for name, change, complaint in (
@@ -1562,7 +1618,7 @@ def one_of_two(rank, folder):
     meeting = f"file://{folder}/meeting"
     torch.distributed.init_process_group("gloo", meeting, rank=rank, world_size=2)
     updated = five_updates(rank, 2)
-    agent, rows, _ = learn(8_000)
+    agent, rows = learn(8_000)
     torch.save((updated, agent.state_dict(), rows), folder / f"{rank}.pt")
     apart = folder / f"apart{rank}"  # as on two machines that share no folder
     train_in(apart, rank, 2, stop=2)
@@ -1965,8 +2021,7 @@ class Scripts:
         self.patch.setattr(module, "poses", lambda count: some(min(count, 32)))
         self.patch.setattr(module, "matmul_shapes", lambda batch: [(2, 3, 4)])
         self.patch.setattr(torch, "compile", lambda function, **_: function)
-        one = functools.partial(vlmrm.make_envs, count=1)
-        self.patch.setattr(vlmrm, "make_envs", one)
+        self.patch.setattr(module, "ENVS", 1)
         small = dict(width=64, height=64)
         self.patch.setattr(gymnasium, "make", lambda name, **rest: made(name, **rest | small))
         return "--pairs 1 --frames 2 --device cpu"
@@ -2324,8 +2379,8 @@ class Unseen(Point):
 
 
 def see_nothing():
-    envs = points(env=Unseen)
-    next(sac.train(point_agent(steps=160, learning_starts=160, round_steps=20), envs, envs, None))
+    agent = point_agent(steps=160, learning_starts=160, round_steps=20)
+    next(sac.train(agent, sac.Player(points(env=Unseen), None, agent.config)))
 
 
 def step_wrapped(env, wrapper=vlmrm.VLMRewardWrapper):

@@ -126,6 +126,7 @@ class CLIP:
         self, model: str = EMBEDDED_CLIP, device: str | None = None, precision: str = "fp32"
     ):
         self.device = device or default_device()
+        self.name, self.precision = model, precision
         self.model, self.tokenizer = load_open_clip(model, self.device, precision)
         self.model.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # faster
         self.dtype = open_clip.get_input_dtype(precision) or torch.float32
@@ -135,6 +136,9 @@ class CLIP:
         self.resize_mode, self.interpolation = config["resize_mode"], config["interpolation"]
         self.mean = torch.tensor(config["mean"], device=self.device).view(3, 1, 1)
         self.std = torch.tensor(config["std"], device=self.device).view(3, 1, 1)
+
+    def __reduce__(self):  # to be sent to another process, which loads it again
+        return CLIP, (self.name, self.device, self.precision)
 
     @torch.no_grad()
     def embed_images(self, frames: np.ndarray | Tensor, batch_size: int = 64) -> Tensor:
@@ -306,6 +310,7 @@ def resize(x: Tensor, size: tuple[int, int], mode: str, interpolation: str) -> T
 # (xpos) and axes (xmat) of bodies. A *body* is a rigid part, a *geom* a shape that it is drawn as.
 
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Iterator
@@ -361,12 +366,16 @@ class Scene:
             simplify(spec)
         spec.visual.global_.offheight, spec.visual.global_.offwidth = size
         self.model, self.size, self.effects = spec.compile(), size, effects
+        self.settings = size, look, camera, effects
         self.renderer = None  # opened at the first frame
         # MuJoCo's own way to follow a body sinks and rises with it, which hides its height. So the
         # camera is a free one, and `render` moves it along the floor.
         self.camera = mujoco.MjvCamera()
         for name, value in camera.items():
             setattr(self.camera, name, value)
+
+    def __reduce__(self):  # to be sent to another process, which has an OpenGL of its own
+        return Scene, self.settings
 
     def render(self, data: mujoco.MjData) -> np.ndarray:
         """The picture of a state: uint8 (height, width, 3). Raises ValueError without OpenGL."""
@@ -674,7 +683,11 @@ def crossed(p: Pose) -> dict:
 
 def both(body: Condition, arms: Condition) -> Condition:
     """The goal of both. The body is one part: a wrong body with these arms is a near miss."""
-    return lambda p: {body.__name__: holds(body, p)} | arms(p)
+    return functools.partial(parts_of_both, body, arms)  # which other processes can be sent
+
+
+def parts_of_both(body: Condition, arms: Condition, p: Pose) -> dict:
+    return {body.__name__: holds(body, p)} | arms(p)
 
 
 TASKS: dict[str, tuple[str, Condition]] = {  # name: (goal prompt, success condition)
@@ -874,17 +887,16 @@ def prepare(
     condition: Condition | None = None,
     scene: Scene | None = None,
     count: int = 16,
-) -> tuple[sac.SAC, VectorEnv, VectorEnv]:
-    """An untrained agent, environments to learn in, and others to evaluate it in between.
+) -> tuple[sac.SAC, sac.Player]:
+    """An untrained agent, and what plays for it: sac.train takes both.
 
     scene: left out, one with frames of the size that this CLIP reads. count: environments that
     step together.
     """
-    scene = scene or Scene(reward_fn.clip.size)
-    envs = make_envs(scene, condition, count, config.round_steps)
-    eval_envs = make_envs(scene, condition, count, config.round_steps)
+    envs = make_envs(scene or Scene(reward_fn.clip.size), condition, count, config.round_steps)
     spaces = envs.single_observation_space, envs.single_action_space
-    return sac.SAC(*spaces, config, reward_fn.clip.device), envs, eval_envs
+    agent = sac.SAC(*spaces, config, reward_fn.clip.device)
+    return agent, sac.Player(envs, reward_fn, config)
 
 
 def train(
@@ -907,8 +919,8 @@ def train(
     reward_fn = VLMReward(clip or CLIP(), goal_prompt, baseline_prompt, alpha)
     judges = {prompt: condition for prompt, condition in JUDGED.values()}
     condition = judges.get(goal_prompt)  # None for a sentence that is no task's
-    agent, envs, eval_envs = prepare(reward_fn, sac.Config(**settings), condition)
-    for row in sac.train(agent, envs, eval_envs, reward_fn):
+    agent, player = prepare(reward_fn, sac.Config(**settings), condition)
+    for row in sac.train(agent, player):
         for key in {"success", "eval_success"} & row.keys():
             row[key] = success_rates(row[key])[0]
         yield row

@@ -74,22 +74,20 @@ def main():
             return gymnasium.wrappers.TimeLimit(Tracking(task, args.hands), 100)
 
         start, config = time.time(), sac.Config(steps=args.steps, seed=args.seed, pink=args.pink)
-        envs, eval_envs = (
-            gymnasium.vector.SyncVectorEnv([make] * 16, autoreset_mode="Disabled") for _ in range(2)
-        )
+        envs = gymnasium.vector.SyncVectorEnv([make] * 16, autoreset_mode="Disabled")
         agent = sac.SAC(envs.single_observation_space, envs.single_action_space, config)
         with tqdm(total=args.steps, unit="step", desc=task) as bar:
-            for row in sac.train(agent, envs, eval_envs, None):
+            for row in sac.train(agent, sac.Player(envs, None, config)):
                 half, _ = vlmrm.success_rates(row["success"])
                 bar.set_postfix_str(f"reward {row['reward']:.3f}, success {half:.0%}")
                 bar.update(row["steps"] - bar.n)
-        rewards, success = sac.evaluate(
-            eval_envs, agent.deterministic_action, None, 100, 2 * 10**9, 100
-        )
-        half, held = vlmrm.success_rates(success)
+        played = sac.evaluate(envs, agent.deterministic_action, None, 100, 2 * 10**9, 100)
+        half, held = vlmrm.success_rates(played.success.T)
         result = dict(task=task, seed=args.seed, pink=args.pink, hands=args.hands)
         result |= dict(steps=row["steps"])
-        result |= dict(success=half, success_held=held, reward=round(float(rewards.mean()), 4))
+        result |= dict(
+            success=half, success_held=held, reward=round(float(played.reward.mean()), 4)
+        )
         result["seconds"] = round(time.time() - start)
         print(result)
         args.out.parent.mkdir(parents=True, exist_ok=True)

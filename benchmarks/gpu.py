@@ -6,8 +6,8 @@
     encoders    of four CLIPs in bf16: pictures per second, and how near that is to the chip's peak
     updates     of SAC per second: ours, eager, compiled and as CUDA graphs; those of others
     loop        steps per second of the whole training, with the embedded CLIP and with the largest,
-                with this project's settings and with the paper's; and from that the hours that the
-                paper's 10 million steps would take
+                with this project's settings and with the paper's, with 1 and 8 workers; and from
+                that the hours that the paper's 10 million steps would take
 
 CLIPs have random weights, on which speed does not depend, so that it needs no network. Leaves
 gpu.json and gpu.md in runs/. With --device cpu and --small it tries itself out. Run nothing beside
@@ -15,6 +15,7 @@ it.
 """
 
 import argparse
+import functools
 import json
 import multiprocessing
 import platform
@@ -31,6 +32,7 @@ import mujoco
 import numpy as np
 import open_clip
 import torch
+from support.workers import Workers
 from benchmarks.speed import ACT, OBS, PROMPTS, CleanRL, Spaces, operations, poses, random_clip
 
 # Of matrix products in bf16 without sparsity, TFLOP/s, by NVIDIA's data sheets
@@ -196,20 +198,25 @@ def measure_loop(args) -> list[dict]:
             settings = settings | dict(learning_starts=1, eval_every=10**7, steps=10**7)
             settings |= dict(eval_episodes=count, round_steps=args.round_steps)
             config = sac.Config(**settings, buffer_size=100_000)
-            agent, envs, eval_envs = vlmrm.prepare(reward_fn, config, count=count)
-            rounds = sac.train(agent, envs, eval_envs, reward_fn)
-            next(rounds)  # the first one ends with an evaluation
+            agent, player = vlmrm.prepare(reward_fn, config, count=1)
+            scene = player.envs.envs[0].unwrapped.scene
+            make = functools.partial(vlmrm.make_envs, scene, episode_steps=args.round_steps)
+            for workers in args.workers:
+                player = Workers(make, count, reward_fn, config, workers, label_here=True)
+                rounds = sac.train(agent, player)
+                next(rounds), next(rounds)  # the first one waits until the workers are there
 
-            def play():
-                next(rounds)
-                return count * args.round_steps
+                def play():
+                    next(rounds)
+                    return count * args.round_steps
 
-            speed = rate(play, 4 * args.seconds, args.device)
-            whose = "the paper's" if "batch_size" in settings else "ours"
-            row = dict(clip=name, settings=whose, environments=count, steps_per_s=speed)
-            row["hours for 10 million steps"] = 1e7 / speed / 3600
-            rows.append(row)
-            print(rows[-1], flush=True)
+                speed = rate(play, 3 * args.seconds, args.device)
+                player.close()
+                whose = "the paper's" if "batch_size" in settings else "ours"
+                row = dict(clip=name, settings=whose, environments=count, workers=workers)
+                row |= {"steps_per_s": speed, "hours for 10 million steps": 1e7 / speed / 3600}
+                rows.append(row)
+                print(rows[-1], flush=True)
         del clip, reward_fn
     return rows
 
@@ -237,10 +244,10 @@ def main():
     add("--out", type=Path, default=Path("runs"), help="folder of gpu.json and gpu.md")
     args = parser.parse_args()
     args.batches, args.updates = (64, 128, 256, 512, 1024), 100
-    args.envs, args.round_steps, args.pixels = (16, 32), 100, (96, 224)
+    args.envs, args.round_steps, args.pixels, args.workers = (16, 32), 100, (96, 224), (1, 8)
     if args.small:
         args.batches, args.updates, args.seconds = (1, 2), 1, 0.01
-        args.envs, args.round_steps, args.pixels = (1, 2), 2, (96,)
+        args.envs, args.round_steps, args.pixels, args.workers = (1, 2), 2, (96,), (1,)
     gpu = torch.cuda.get_device_name(args.device) if args.device != "cpu" else "none"
     args.peak = next((peak for name, peak in PEAKS.items() if name in gpu), None)
     modules = torch, open_clip, gymnasium, mujoco

@@ -172,7 +172,7 @@ def print_parts(run: Path):
         return agent.deterministic_action(obs)
 
     # the first episodes of the judgement
-    reward = sac.rollout(envs, act, 100, reward_fn, seed=2 * 10**9)[2]
+    reward = sac.rollout(envs, act, 100, reward_fn, seed=2 * 10**9).reward
     print(
         f"{run.name:32} reward          ", *(f"{span.mean():5.2f}" for span in np.split(reward, 5))
     )

@@ -10,6 +10,7 @@ that a machine that speeds up or slows down meanwhile does not decide. Run nothi
 """
 
 import argparse
+import functools
 import platform
 import statistics
 import sys
@@ -29,9 +30,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 from evaluation.states import load_states
+from support.workers import Workers, default_workers
 from torch.utils.flop_counter import FlopCounterMode
 
 OBS, ACT = 348, 17  # of the humanoid
+ENVS = 16  # environments of the whole loop
 PROMPTS = vlmrm.TASKS["kneeling"][0], vlmrm.BASELINE_PROMPT
 
 
@@ -434,12 +437,9 @@ def bench_loop(args):
 
     clip = vlmrm.CLIP(device=args.device)
     config = sac.Config(steps=100_000)
-    scene, reward = vlmrm.Scene(clip.size), vlmrm.VLMReward(clip, *PROMPTS)
-    envs, eval_envs = (vlmrm.make_envs(scene, vlmrm.TASKS["kneeling"][1]) for _ in range(2))
-    agent = sac.SAC(envs.single_observation_space, envs.single_action_space, config, args.device)
-    rounds = sac.train(agent, envs, eval_envs, reward)  # with its evaluations
-    for _ in range(4):
-        next(rounds)
+    reward = vlmrm.VLMReward(clip, *PROMPTS)
+    scene, condition = vlmrm.Scene(clip.size), vlmrm.TASKS["kneeling"][1]
+    make = functools.partial(vlmrm.make_envs, scene, condition, episode_steps=100)
     sb3 = stable_baselines3.SAC(
         "MlpPolicy",
         Labelled(Usual(clip)),
@@ -452,14 +452,34 @@ def bench_loop(args):
         device=args.device,
         policy_kwargs=dict(net_arch=[256, 256]),
     )
-    compare(
-        "whole loop: ours, stable-baselines3 on pipeline (c)",
-        (lambda: [next(rounds) for _ in range(2)], 3200),
-        (lambda: sb3.learn(100, reset_num_timesteps=False), 100),
-        "steps/s",
-        args.pairs,
-        args.device,
-    )
+    threads, others = torch.get_num_threads(), default_workers(ENVS, config.eval_episodes)
+    for workers in dict.fromkeys((others, 0)):
+        player = sac.Player(make(count=ENVS), reward, config)
+        if workers:
+            player = Workers(make, ENVS, reward, config, workers, args.device != "cpu")
+        agent = vlmrm.prepare(reward, config, count=1)[0]
+        rounds = sac.train(agent, player)  # with its evaluations
+
+        def ours(rounds=rounds, player=player, workers=workers):
+            torch.set_num_threads(max(1, threads - workers))
+            next(rounds), next(rounds)
+            if workers:  # what they play ahead is timed too, and done before the other's turn
+                for _, pipe, _ in player.workers:
+                    pipe.poll(None)
+            torch.set_num_threads(threads)
+
+        for _ in range(2):
+            ours()
+        compare(
+            f"whole loop, {workers} workers: ours, stable-baselines3 on pipeline (c)",
+            (ours, 2 * ENVS * config.round_steps),
+            (lambda: sb3.learn(100, reset_num_timesteps=False), 100),
+            "steps/s",
+            args.pairs,
+            args.device,
+        )
+        if workers:
+            player.close()
 
 
 BENCHMARKS = dict(sac=bench_sac, render=bench_render, label=bench_label)

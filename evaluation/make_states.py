@@ -159,12 +159,10 @@ def visited_states(prompt: str, seed: int, steps: int) -> np.ndarray:
     def make_env():
         return gymnasium.wrappers.TimeLimit(Recorder(scene), 100)
 
-    envs, eval_envs = (
-        gymnasium.vector.SyncVectorEnv([make_env] * 16, autoreset_mode="Disabled") for _ in range(2)
-    )
+    envs = gymnasium.vector.SyncVectorEnv([make_env] * 16, autoreset_mode="Disabled")
     config = sac.Config(steps=steps, seed=seed)
     agent = sac.SAC(envs.single_observation_space, envs.single_action_space, config)
-    rows = sac.train(agent, envs, eval_envs, reward_fn)
+    rows = sac.train(agent, sac.Player(envs, reward_fn, config))
     best = max(row.get("eval_reward", 0) for row in rows)
     print(f"  {prompt}: best reward {best:.3f}", flush=True)
     return np.array(visited)

@@ -62,6 +62,9 @@ def add_train(command):
     add(group, "--height", meaning, type=float, default=float(CAMERA["lookat"][2]))
     group = command.add_argument_group("learning, by SAC. In [brackets]: the paper's, if different")
     add(group, "--envs", "environments that step together [32]", type=int, default=16)
+    meaning = "processes that play while this one learns; another number of them may give another "
+    meaning += "run of the same seed. Left out: 1 on two cores, at most 8"
+    add(group, "--workers", meaning, type=int)
     for field in fields(sac.Config):
         flag, kind = "--" + field.name.replace("_", "-"), field.type
         add(group, flag, field.metadata["help"], type=kind, default=field.default)

@@ -41,16 +41,16 @@ def check_same_start(steps: int, folder: Path):
         raise ValueError(f"{folder}: all machines of a training have to share it")
 
 
-def share(agent: sac.SAC, envs: VectorEnv, eval_envs: VectorEnv, reward_fn: Callable) -> tuple:
-    """Makes one training of the processes'. Returns what takes the place of the last three.
+def share(agent: sac.SAC, envs: VectorEnv, reward_fn: Callable) -> tuple:
+    """Makes one training of the processes'. Returns what takes the place of the last two.
 
-    envs, eval_envs: this process' share of the environments, the same number in each.
+    envs: this process' share of the environments, the same number in each.
     """
     if not dist.is_initialized():
-        return envs, eval_envs, reward_fn
+        return envs, reward_fn
     agent.update = shared_update(agent)
-    envs, eval_envs = SharedEnvs(envs), SharedEnvs(eval_envs)
-    return envs, eval_envs, reward_fn and shared_reward(reward_fn, envs)
+    envs = SharedEnvs(envs)
+    return envs, reward_fn and shared_reward(reward_fn, envs)
 
 
 class SharedEnvs(VectorWrapper):

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import mujoco
@@ -20,6 +21,7 @@ from vlmrm import BASELINE_PROMPT, CAMERA, EMBEDDED_CLIP, JUDGED
 from support.pictures import plot_curve, record_video, show_window
 from support.processes import check_same_start, join, share
 from support.vocabulary import unread_words
+from support.workers import Workers, default_workers
 from support.runs import (
     Checkpoint,
     check_free,
@@ -64,8 +66,12 @@ def train(args: argparse.Namespace):
     scene = vlmrm.Scene(clip.size, args.look, camera)
     scene.render(mujoco.MjData(scene.model))  # without OpenGL, fail now, not after the first round
     count = args.envs // processes
-    agent, envs, eval_envs = vlmrm.prepare(reward_fn, config, condition, scene, count)
-    envs, eval_envs, label = share(agent, envs, eval_envs, reward_fn)  # among the processes
+    make_envs = partial(vlmrm.make_envs, scene, condition, episode_steps=config.round_steps)
+    envs = make_envs(count=count)
+    spaces = envs.single_observation_space, envs.single_action_space
+    agent = sac.SAC(*spaces, config, device)
+    envs, label = share(agent, envs, reward_fn)  # among the processes
+    player = sac.Player(envs, label, config)
     if new:
         settings = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
         settings |= dict(prompt=prompt, baseline=baseline, task=task, out=str(out))
@@ -75,7 +81,8 @@ def train(args: argparse.Namespace):
 
     def judge(act, label_with=None):  # (rewards, success), each (episodes, steps)
         episodes, length = args.episodes, config.round_steps
-        return sac.evaluate(eval_envs, act, label_with, episodes, JUDGEMENT_SEED, length)
+        played = sac.evaluate(envs, act, label_with, episodes, JUDGEMENT_SEED, length)
+        return played.reward.T, played.success.T
 
     def say(*words):
         if rank == 0:
@@ -92,7 +99,17 @@ def train(args: argparse.Namespace):
     say(f"Training {against}, on {device}, into {out}/")
     round_size = config.round_steps * args.envs
     checkpoint = Checkpoint(out / "checkpoint", agent, round_size, processes)
-    rows = learn(agent, envs, eval_envs, label, checkpoint, out, rank)
+    threads = torch.get_num_threads()
+    if args.workers:
+        label_here = device != "cpu" or args.model != EMBEDDED_CLIP  # another may be large
+        player = Workers(make_envs, args.envs, reward_fn, config, args.workers, label_here)
+        torch.set_num_threads(threads if label_here else max(1, threads - args.workers))
+    try:
+        rows = learn(agent, player, checkpoint, out, rank)
+    finally:
+        if args.workers:
+            player.close()
+    torch.set_num_threads(threads)
 
     say("Judging the best policy in", args.episodes, "new episodes")
     rewards, success = judge(agent.deterministic_action, label)
@@ -101,7 +118,8 @@ def train(args: argparse.Namespace):
         torch.distributed.destroy_process_group()
     if rank > 0:
         return
-    save_policy(out / "policy.pt", agent)  # again: a GPU may resume a round to other last bits
+    # again: a GPU may resume a round to other last bits
+    save_policy(out / "policy.pt", agent.state_dict())
     goal_reward = None
     if condition:
         frames = vlmrm.render_states(scene, goal_states(task))
@@ -168,6 +186,14 @@ def checked_config(args: argparse.Namespace, processes: int) -> sac.Config:
         given = f"--distance {args.distance}, --elevation {args.elevation}"
         given += f", --azimuth {args.azimuth}, --height {args.height}"
         raise ValueError(f"{given}: a camera needs finite numbers, and some distance")
+    if args.workers is None:
+        alone = processes == 1
+        args.workers = default_workers(args.envs, args.eval_episodes) if alone else 0
+    several = args.workers and (args.envs % args.workers or args.eval_episodes < args.workers)
+    if args.workers < 0 or several or args.workers and processes > 1:
+        given = f"--workers {args.workers}, --envs {args.envs}, --eval-episodes"
+        need = "workers need equal shares of the environments, and an episode each"
+        raise ValueError(f"{given} {args.eval_episodes}: {need}; under torchrun there are none")
     uneven = args.envs % processes or args.batch_size % processes
     if args.envs < 1 or args.episodes < 1 or uneven:
         given = f"--envs {args.envs}, --episodes {args.episodes}, --batch-size {args.batch_size}"
@@ -215,7 +241,7 @@ def judge_references(judge, agent: sac.SAC, shape: tuple, seed: int) -> dict:
     return rates
 
 
-def learn(agent, envs, eval_envs, reward_fn, checkpoint: Checkpoint, out: Path, rank: int) -> list:
+def learn(agent, player, checkpoint: Checkpoint, out: Path, rank: int) -> list:
     """Algorithm 1, with a progress bar. Keeps metrics.csv, policy.pt and a checkpoint up to date.
 
     Returns the rows of metrics.csv. Of several processes, the first one reads and writes them.
@@ -225,7 +251,7 @@ def learn(agent, envs, eval_envs, reward_fn, checkpoint: Checkpoint, out: Path, 
     rows = read_metrics(metrics) if rank == 0 else []
     total, done = agent.config.steps, progress.steps
     with tqdm(total=total, initial=done, unit="step", disable=rank > 0) as bar:
-        for row in sac.train(agent, envs, eval_envs, reward_fn, progress):
+        for row in sac.train(agent, player, progress):
             best = row.pop("best", False)
             for key in {"success", "eval_success"} & row.keys():
                 row[key], row[f"{key}_held"] = vlmrm.success_rates(row[key])
@@ -237,7 +263,7 @@ def learn(agent, envs, eval_envs, reward_fn, checkpoint: Checkpoint, out: Path, 
                 raise ValueError(f"{metrics} is damaged: it lacks rounds of the checkpoint")
             write_csv(metrics, COLUMNS, rows)
             if best:
-                save_policy(out / "policy.pt", agent)
+                save_policy(out / "policy.pt", progress.best)
             checkpoint.save()
             success = "" if np.isnan(row["success"]) else f", success {row['success']:.0%}"
             bar.set_postfix_str(f"CLIP reward {row['reward']:.3f}{success}")
@@ -253,7 +279,8 @@ def resumed(args: argparse.Namespace) -> argparse.Namespace:
     if not (run / "checkpoint").is_dir() or not (run / "config.json").exists():
         raise ValueError(f"{run} holds no interrupted run: config.json and checkpoint/ are missing")
     flags = [word for word in args.typed if word.startswith("--")]
-    others = [flag for flag in flags if flag.split("=")[0] != "--resume"] + args.prompt
+    others = [flag for flag in flags if flag.split("=")[0] not in ("--resume", "--workers")]
+    others += args.prompt
     if others:
         raise ValueError(f"{run} goes on with its own settings: leave out {' '.join(others)}")
     try:
@@ -263,6 +290,8 @@ def resumed(args: argparse.Namespace) -> argparse.Namespace:
         raise ValueError(f"config.json or metrics.csv in {run} is damaged ({error})") from error
     if settings.keys() != vars(args).keys() - set(NOT_SETTINGS):
         raise ValueError(f"{run} was begun by another version: it cannot be resumed by this one")
+    if args.workers is not None:
+        settings["workers"] = args.workers
     return argparse.Namespace(**settings | dict(out=run, resume=run))
 
 
