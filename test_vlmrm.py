@@ -29,6 +29,7 @@ import vlmrm  # first: it chooses MuJoCo's renderer, after torch and open_clip
 import sac
 import evaluation.climb
 import evaluation.states
+import support.runs
 import gymnasium
 import hypothesis
 import hypothesis.extra.numpy as npst
@@ -56,7 +57,8 @@ from matplotlib.font_manager import fontManager
 from support.command_line import interrupted, main
 from support.pictures import fonts_for
 from support.processes import check_same_start, share, shared_update
-from support.runs import Checkpoint, atomic_open, read_metrics, save_policy, write_csv
+from support.runs import Checkpoint, atomic_open, load_policy, read_metrics, save_policy
+from support.runs import save_small_policy, write_csv
 from support.vocabulary import unread_words
 from support.workers import Workers
 from tinyclip import bodies, captions, grading, make, poses
@@ -1293,6 +1295,30 @@ def test_play_writes_a_gif_of_new_episodes(free_run, run, tmp_path, monkeypatch)
     (copied / "policy.pt").unlink()
     with pytest.raises(SystemExit, match="policy.pt"):
         main(["play", str(copied)])
+
+
+def test_a_policy_that_is_kept_here_kneels_and_can_be_played_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.chdir(tmp_path)
+    main(["play", "kneeling", "--episodes", "1"])
+    assert Image.open("runs/kneeling/play.gif").n_frames > 20
+    agent, settings = load_policy(Path("kneeling"))
+    assert settings["prompt"] == [KNEELING]
+    envs = vlmrm.make_envs(vlmrm.Scene(), vlmrm.kneeling)
+    played = sac.evaluate(envs, agent.deterministic_action, None, 16, 5, 100)
+    assert vlmrm.success_rates(played.success.T)[0] >= 0.9
+    with pytest.raises(SystemExit, match="of finished runs, and of kneeling"):
+        main(["play", "sneezing"])
+
+
+def test_a_small_policy_acts_like_the_whole_one(tmp_path, monkeypatch):
+    agent = sac.SAC(box(12), box(3), sac.Config(hidden=32))
+    obs = 1e4 * np.random.default_rng(0).standard_normal((64, 12))
+    agent.norm.update(torch.from_numpy(obs).float())
+    monkeypatch.setattr(support.runs, "POLICIES", tmp_path)
+    save_small_policy(tmp_path / "small.safetensors", agent.state_dict(), dict(hidden=32))
+    small, _ = load_policy(Path("small"))
+    close(small.deterministic_action(obs), agent.deterministic_action(obs), 5e-3)
 
 
 def test_commands_are_not_taken_for_prompts_nor_flags_for_commands(capsys):

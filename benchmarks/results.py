@@ -4,10 +4,11 @@ Adds to assets/ what a reader needs to check them: runs/NAME.csv (the metrics of
 runs/results.csv, which replaces that of the same task, settings and seed. Prints the table of all
 rows. It trains nothing.
 
---gallery also draws assets/gallery.gif (of each task among the runs the seed with the highest CLIP
-reward, as in the paper; success has no say), --alphas draws assets/alpha.png (kneeling by alpha,
-from the rows and their metrics). --parts lets the policies of the runs act once more, and prints
-how often each holds the legs and arms of which task.
+--policies also keeps in policies/, for `vlmrm.py play TASK`, the policy of each task's best seed:
+of those given, with the usual settings, the one with the highest CLIP reward, as in the paper;
+success has no say. --gallery draws assets/gallery.gif, of the same. --alphas draws assets/alpha.png
+(kneeling by alpha, from the rows and their metrics). --parts lets the policies of the runs act once
+more, and prints how often each holds the legs and arms of which task.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from support.pictures import panels
-from support.runs import read_metrics, short, write_csv
+from support.runs import load_policy, read_metrics, save_small_policy, short, write_csv
 
 ASSETS = Path(__file__).parent.parent / "assets"
 RUNS = ASSETS / "runs"
@@ -163,9 +164,7 @@ def print_parts(run: Path):
     camera = {key: config.get(key, usual) for key, usual in vlmrm.CAMERA.items()}
     camera["lookat"] = 0, 0, config.get("height", 1)
     envs = vlmrm.make_envs(vlmrm.Scene(clip.size, config["look"], camera))
-    spaces, states = (envs.single_observation_space, envs.single_action_space), []
-    agent = sac.SAC(*spaces, sac.Config(hidden=config["hidden"]))
-    agent.load_state_dict(torch.load(run / "policy.pt", "cpu", weights_only=True))
+    (agent, _), states = load_policy(run), []
 
     def act(obs):
         states.append([env.unwrapped.data.qpos.copy() for env in envs.envs])
@@ -188,6 +187,7 @@ def main():
     about = "Tables and pictures of finished runs, into assets/."
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN")
+    parser.add_argument("--policies", action="store_true", help="keep the best ones")
     parser.add_argument("--gallery", action="store_true", help="draw the runs' videos side by side")
     parser.add_argument("--alphas", action="store_true", help="draw kneeling by alpha")
     meaning = "how often each policy holds which legs and arms"
@@ -216,6 +216,16 @@ def main():
     rows = sorted(rows.values(), key=lambda row: [row[key] for key in order])
     write_csv(RUNS / "results.csv", COLUMNS, rows)
     print_table(rows, {row["task"]: row for row in read(RUNS / "ceiling.csv")})
+    if args.policies:
+        usual = [row for row in results if name_of(row).startswith(f"{row['task']}-steps")]
+        for result in sorted(usual, key=lambda result: result["reward"]):  # the best one last
+            config = json.loads((result["folder"] / "config.json").read_text())
+            weights = torch.load(result["folder"] / "policy.pt", "cpu", weights_only=True)
+            keys = "hidden look distance elevation azimuth height round_steps seed".split()
+            settings = {key: config[key] for key in keys if key in config}
+            settings |= {key: result[key] for key in ("prompt", "steps", "reward")}
+            path = ASSETS / "policies" / f"{result['task']}.safetensors"
+            save_small_policy(path, weights, settings)
     if args.gallery:
         draw_gallery(results, ASSETS / "gallery.gif")
     if args.alphas:

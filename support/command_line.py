@@ -90,7 +90,8 @@ def add_evaluate(command):
 
 
 def add_play(command):
-    add(command, "run", "folder of a finished training, such as runs/kneeling-seed0", type=path)
+    meaning = "folder of a finished training, such as runs/kneeling-seed0, or the name of a policy "
+    add(command, "run", meaning + "in assets/policies, such as kneeling", type=path)
     add(command, "--episodes", "how many", type=int, default=3)
     add(command, "--seed", "of the first episode; others have other seeds", type=int, default=0)
     add(command, "--out", "a GIF to write, in place of a window or RUN/play.gif", type=path)

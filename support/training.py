@@ -25,6 +25,7 @@ from support.workers import Workers, default_workers
 from support.runs import (
     Checkpoint,
     check_free,
+    load_policy,
     read_metrics,
     remove_checkpoint,
     remove_run,
@@ -296,24 +297,17 @@ def resumed(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def play(args: argparse.Namespace):
-    """Shows the policy of a finished training in new episodes: in a window where there is a
-    screen, else as a GIF in the run's folder.
+    """Shows the policy of a finished training, or one that is kept in assets/policies, in new
+    episodes: in a window where there is a screen, else as a GIF in the run's folder.
     """
-    run = args.run
-    for name in ("config.json", "policy.pt"):
-        if not (run / name).exists():
-            raise ValueError(f"{run} holds no policy: {name} is missing")
-    settings = json.loads((run / "config.json").read_text())
-    envs = vlmrm.make_envs(vlmrm.Scene(), count=1)
-    spaces = envs.single_observation_space, envs.single_action_space
-    agent = sac.SAC(*spaces, sac.Config(hidden=settings["hidden"]))
-    agent.load_state_dict(torch.load(run / "policy.pt", "cpu", weights_only=True))
+    agent, settings = load_policy(args.run)
     seed = 4 * 10**9 + args.seed  # other episodes than any of training, judgement or its video
     camera = camera_of(settings)
     act, length = agent.deterministic_action, settings["round_steps"]
     screen = sys.platform != "linux" or os.environ.get("DISPLAY")
     if screen and not args.out:
         return show_window(act, camera, args.episodes, seed, length)
-    path = args.out or run / "play.gif"
+    path = args.out or (args.run if args.run.exists() else Path("runs") / args.run) / "play.gif"
+    path.parent.mkdir(parents=True, exist_ok=True)
     record_video(act, camera, settings["look"], path, length, args.episodes, seed)
     print(f"Watch {path}")
