@@ -43,8 +43,8 @@ class Config:
     """Hyperparameters, chosen for minutes on two CPU cores. [In brackets: the paper's, if others.]
 
     What else differs from the VLM-RM paper's SAC: standardised observations, layer norm in the
-    critics, the averaged actor, that evaluations choose the checkpoint, not the reward in training,
-    and that a round is played by a policy that has not learned from the round before yet.
+    critics, the averaged actor, checkpoints chosen by the reward of evaluations, not of training,
+    and rounds played by a policy that has not learned from the round before yet.
     """
 
     steps: int = setting(60_000, "environment steps in all [10 million]")
@@ -60,7 +60,7 @@ class Config:
     learning_rate: float = setting(6e-4, "of Adam at the start; falls towards 0 [constant]")
     init_temperature: float = setting(0.1, "weight of entropy at the start; it is learned [1]")
     hidden: int = setting(256, "width of the two hidden layers of each network")
-    eval_every: int = setting(3_200, "steps between evaluations; if more, 1/32 of all steps")
+    eval_every: int = setting(3_200, "steps between evaluations, at least 1/32 of all steps")
     eval_episodes: int = setting(16, "episodes in an evaluation")
     seed: int = setting(0, "of everything random", 0, 10**8)
 
@@ -306,10 +306,10 @@ def rollout(
         success = np.array(info.get("success", [np.nan] * envs.num_envs), dtype=float)
         played.append((obs, action, reward, next_obs, terminated, success))
         if reward_fn is not None:
-            # after the action: R(s, a, s') is of s' alone (Lemma 1)
+            # after the action: the frame shows s'
             frames.extend(np.copy(frame) for frame in envs.render())
         done = terminated | truncated
-        # Where an episode can end early, another begins. At the last step this is of no use.
+        # Where an episode can end early, another begins. (After the last step, for nothing.)
         obs = np.copy(envs.reset(options={"reset_mask": done})[0]) if done.any() else next_obs
     transitions = Transitions(*(np.stack(values) for values in zip(*played)))
     if reward_fn is None:
@@ -363,9 +363,10 @@ def pink_noise(rng: np.random.Generator, shape: tuple[int, int, int]) -> np.ndar
 class Player:
     """Plays rounds and evaluations for `train`, which calls `begin`, and later `finish`.
 
-    Here all playing is done in `finish`. The workers of support/workers.py, other processes, play
-    from `begin` on, while `train` learns. Both play by the weights given to `begin`, so it makes no
-    difference to a training who is faster.
+    It is a queue: `begin` puts a round in, `finish` returns the oldest. Here all playing is done in
+    `finish`. The workers of support/workers.py, other processes, play from `begin` on, while
+    `train` learns. Both play by the weights given to `begin`, so it makes no difference to a
+    training who is faster.
 
     envs: with autoreset_mode DISABLED, since rollout resets what has ended; ValueError for others.
     reward_fn: frames, uint8 (B, H, W, 3) -> rewards (B,); None for the environments' own. config:
@@ -425,7 +426,10 @@ class Player:
         return played, evaluation
 
     def is_evaluated(self, start: int, round_size: int) -> bool:
-        """Whether these weights are: the first that have learned, every so often, and the last."""
+        """Whether these weights are: the first that have learned, every so often, and the last.
+
+        Not those that play the last round: its row holds the evaluation of the last weights.
+        """
         since = start - self.config.learning_starts - round_size
         every = max(self.config.eval_every, self.config.steps // 32)
         due = since >= 0 and since % every < round_size

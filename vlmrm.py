@@ -21,7 +21,8 @@ on any machine. It never saw this robot, its scene or its camera: it was trained
 other bodies. But it knows nothing except their poses, in some 170 phrases, unlike the real CLIPs
 that --model names.
 
-Each section begins with its own imports. Sections 1 and 2 can be copied into other code.
+Sections 1 and 2 begin with their own imports and can be copied into other code (which then names a
+model, or has a copy of tinyclip/ too).
 
 The method is by Rocamonde, Montesinos, Nava, Perez and Lindner, "Vision-Language Models are
 Zero-Shot Reward Models for Reinforcement Learning", ICLR 2024, arXiv:2310.12921. Numbers of
@@ -29,8 +30,8 @@ equations, tables and sections are that paper's.
 """
 
 # --------------------------------------------------------------------------------------------------
-# 1. The reward. Functions of embeddings that need torch alone. `state` is the embedding of the
-# picture psi(s) of a state s; `goal` and `baseline` are embeddings of sentences.
+# 1. The reward. Functions of embeddings that need torch alone. `state` is the embedding of psi(s),
+# the picture of a state s; `goal` and `baseline` are embeddings of sentences.
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +67,8 @@ def goal_baseline_reward(state: Tensor, goal: Tensor, baseline: Tensor, alpha: f
     line = g - b  # (D,) the direction of L
     if alpha > 0 and line.norm() < 1e-6:
         raise ValueError("goal and baseline are the same: there is no line L. Or use alpha 0")
-    along = (s - b) @ line / line.square().sum().clamp(min=1e-12)  # (B,) 0 at b, 1 at g
+    # (B,) 0 at b, 1 at g. The clamp is for alpha 0, with which g = b is allowed
+    along = (s - b) @ line / line.square().sum().clamp(min=1e-12)
     proj = b + along.unsqueeze(-1) * line  # (B, D) proj_L s
     # For unit vectors, 1 - |s - g|^2 / 2 is their cosine: with alpha 0 this is equation (2).
     return 1 - 0.5 * (alpha * proj + (1 - alpha) * s - g).square().sum(-1)  # (B,)
@@ -99,8 +101,8 @@ from pathlib import Path
 
 import numpy as np
 
-# Where OpenGL has drawn on a CPU, an LLVM is loaded. open_clip brings triton, which has another,
-# and which crashes in the first unless it is told to keep to its own.
+# OpenGL that draws on a CPU loads a library, LLVM. triton, which open_clip imports, has a version
+# of its own. It would crash in the other one, unless it is told to keep to its own.
 if sys.platform == "linux" and "libLLVM" in Path("/proc/self/maps").read_text():
     flags = sys.getdlopenflags()
     sys.setdlopenflags(flags | os.RTLD_DEEPBIND)
@@ -192,7 +194,8 @@ class VLMReward:
             raise ValueError("give a baseline_prompt: the scene without the goal. Or use alpha 0")
         self.clip, self.alpha = clip, alpha
         self.goal = clip.embed_text(goal_prompt)  # (D,) once for all
-        self.baseline = clip.embed_text(baseline_prompt or goal_prompt)  # (D,)
+        context = goal_prompt if baseline_prompt is None else baseline_prompt
+        self.baseline = clip.embed_text(context)  # (D,)
         self(np.zeros((1, *clip.size, 3), np.uint8))  # a mistake fails now, not in an hour
 
     def __call__(self, frames: np.ndarray | Tensor) -> np.ndarray:
@@ -658,7 +661,7 @@ def arms_out(p: Pose) -> dict:
 
 
 def on_hips(p: Pose) -> dict:
-    """Each hand within 15 cm of its side of the pelvis and not below it, elbows further out."""
+    """Each hand within 15 cm of its side of the pelvis, at most 8 cm lower, elbows further out."""
     side = p.pelvis[..., None, :] + np.array([[0, 0.2, 0], [0, -0.2, 0]])  # (..., 2, 3)
     near = np.linalg.norm(p.hands - side, axis=-1) < 0.15
     high = p.hands[..., Z] > p.pelvis[..., Z, None] - 0.08
@@ -683,7 +686,7 @@ def crossed(p: Pose) -> dict:
 
 def both(body: Condition, arms: Condition) -> Condition:
     """The goal of both. The body is one part: a wrong body with these arms is a near miss."""
-    return functools.partial(parts_of_both, body, arms)  # which other processes can be sent
+    return functools.partial(parts_of_both, body, arms)  # can be sent to another process
 
 
 def parts_of_both(body: Condition, arms: Condition, p: Pose) -> dict:
@@ -778,11 +781,11 @@ def epic_distance(reward_a: np.ndarray, reward_b: np.ndarray, gamma: float = 0.9
         goal = holds(kneeling, measure_states(scene.model, states))
         epic_distance(reward_fn(render_states(scene, states)), goal)
 
-    Both have the same shape. (N,), as here: the rewards of N states s'. Where a reward depends on
-    s' alone, taking the shaping out would only subtract a constant (Lemma 1), so it is not done.
-    Or (n, m, n): the rewards R(s, a, s') of a finite problem with n states, m actions and a
-    discount gamma in [0, 1]; canonically_shaped, below, takes the shaping out. Raises ValueError
-    for other shapes, for NaN, and for a reward of which nothing is left without shaping and shift.
+    Both have the same shape. (N,), as here, for rewards that depend on s' alone: taking shaping out
+    would only subtract a constant (Lemma 1), so it is not done. Or (n, m, n): the rewards
+    R(s, a, s') of a finite problem with n states, m actions and a discount gamma in [0, 1];
+    canonically_shaped, below, takes the shaping out. Raises ValueError for other shapes, for NaN,
+    and for a reward that is constant, or nothing but shaping.
     """
     a, b = (np.asarray(reward, dtype=np.float64) for reward in (reward_a, reward_b))
     if a.shape != b.shape or a.ndim not in (1, 3) or a.shape[0] != a.shape[-1]:
@@ -813,7 +816,9 @@ def canonically_shaped(reward: np.ndarray, gamma: float) -> np.ndarray:
 
 
 def auc(reward: np.ndarray, goal: np.ndarray) -> float:
-    """The chance that a goal state earns more than one that is no goal; a tie counts half.
+    """Area under the ROC curve: how often a goal state earns more than one that is no goal.
+
+    A tie counts half.
 
     reward (N,) and goal, bool (N,), of N states. NaN where all are goals, or none. Raises
     ValueError for other shapes or types, and for NaN rewards.
@@ -857,7 +862,7 @@ class Humanoid(HumanoidEnv):
     def do_simulation(self, ctrl: np.ndarray, n_frames: int):
         super().do_simulation(ctrl, n_frames)
         # A step of MuJoCo leaves xpos one step behind qpos; drawing or judging brings it up to
-        # date. Doing so here too, Gymnasium's own reward is the same whether or not someone looks.
+        # date. So it is done always: Gymnasium's reward must not depend on whether someone looks.
         mujoco.mj_kinematics(self.model, self.data)
 
     def step(self, action: np.ndarray) -> tuple:
