@@ -2215,21 +2215,13 @@ def test_notebook_runs_from_top_to_bottom_without_a_warning(monkeypatch, tmp_pat
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 12
     pages = [output.get("data", {}).get("text/html", "") for output in outputs]
     assert sum("data:image/webp" in page for page in pages) == 2
-    assert "not written yet" in str(outputs) and (tmp_path / "runs/notebook/result.json").exists()
+    assert "not written yet" in str(outputs) and (tmp_path / "runs/quick/result.json").exists()
 
 
 def test_notebooks_answers_pass_its_own_checks(tmp_path, monkeypatch):
     """The stubs are filled in with the folded answers; what is slow and not needed is left out."""
     notebook, kept = nbformat.read(ROOT / "notebook.ipynb", 4), []
-    slow = (
-        "record_video(",
-        "Popen(",
-        "training.poll",
-        "SCENES",
-        "open_clip",
-        "darkness(",
-        "favourites(",
-    )
+    slow = ("record_video(", "Popen(", "alive()", "SCENES", "open_clip", "darkness(", "favourites(")
     for cell in notebook.cells:
         if cell.cell_type == "code" and not any(word in cell.source for word in slow):
             kept.append(cell)
