@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw
 from support.runs import short, write_csv
 from tinyclip.captions import held_out
 from tinyclip.make import choose_arms
-from tinyclip.poses import Simulator, in_parallel, quaternion, random_arms, random_pose, turned
+from tinyclip.poses import Simulator, changed, in_parallel, random_arms, random_pose
 
 
 def arrived(task: str, args: argparse.Namespace) -> tuple[np.ndarray, ...]:
@@ -85,30 +85,6 @@ def climb(
         if i in (tries // 3, 2 * tries // 3, tries):
             kept.append(states.astype(np.float32))
     return np.array(kept)
-
-
-def changed(
-    sim: Simulator, arms: np.ndarray, qpos: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
-    """A pose (24,) with one thing changed, on the floor; qpos itself stays.
-
-    Some joints a little, one arm or leg more, both arms, or how it is turned.
-    """
-    qpos, kind = qpos.copy(), rng.random()
-    if kind < 0.5:
-        some = rng.random(17) < 0.4
-        qpos[7:] += np.deg2rad(rng.choice([2, 5, 12])) * rng.standard_normal(17) * some
-    elif kind < 0.75:
-        limbs = sim.legs[:4], sim.legs[4:], sim.arms[:3], sim.arms[3:]
-        limb = limbs[rng.integers(4)]
-        qpos[limb] += np.deg2rad(rng.choice([5, 15])) * rng.standard_normal(len(limb))
-    elif kind < 0.85:
-        qpos[sim.arms] = arms[rng.integers(len(arms))]
-    else:
-        angles = np.deg2rad(rng.choice([3, 10]) * rng.standard_normal(3))
-        orientation = turned(quaternion(*angles), qpos[3:7])
-        qpos[3:7] = orientation / np.linalg.norm(orientation)
-    return sim.ground(qpos, 0.005)
 
 
 def main():

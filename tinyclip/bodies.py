@@ -30,6 +30,11 @@ RANGES = dict(
     hands=(0.8, 1.7),
     feet=(0.8, 1.3),
 )
+NEAR = dict(torso=(0.93, 1.08))  # of the second lesson's new bodies (make.py), instead
+# Cameras are at random around the paper's: by azimuth (standard deviation) and elevation, in
+# degrees; by distance and height, in metres times the body's size
+VIEW = 18, (-9, 7), (-0.5, 0.7), (-0.13, 0.13)
+NEAR_VIEW = 10, (-4, 4), (-0.3, 0.3), (-0.06, 0.06)  # of the second lesson's new bodies
 PROPORTION_MARGIN = 0.05  # at least one proportion is further from 1 than this
 # Which factor thickens which part
 THICKNESS = dict.fromkeys(["torso1", "uwaist", "lwaist", "butt"], "trunk")
@@ -51,19 +56,21 @@ class Body(NamedTuple):
     proportions: dict[str, float]  # of each in RANGES, a factor
     shapes: dict[str, str]  # of each part in THICKNESS, the name of a MuJoCo geom
     colours: np.ndarray  # (LOOKS, parts, 3), red, green, blue in [0, 1]
+    near: bool = False  # is it one of the second lesson's new bodies?
 
 
-def random_body(rng: np.random.Generator) -> Body:
+def random_body(rng: np.random.Generator, near: bool = False) -> Body:
     """Any body outside of the margin around Gymnasium's humanoid."""
+    ranges = RANGES | NEAR if near else RANGES
     while True:
-        proportions = {name: rng.uniform(*limits) for name, limits in RANGES.items()}
+        proportions = {name: rng.uniform(*limits) for name, limits in ranges.items()}
         if proportion_margin(proportions) > PROPORTION_MARGIN:
             break
     shapes = {}
     for part in THICKNESS:
         kinds = ROUND_SHAPES if part in ROUND else LONG_SHAPES
         shapes[part] = kinds[0] if rng.random() < 0.4 else str(rng.choice(kinds))
-    return Body(proportions, shapes, np.array([random_paint(rng) for _ in range(LOOKS)]))
+    return Body(proportions, shapes, np.array([random_paint(rng) for _ in range(LOOKS)]), near)
 
 
 def random_paint(rng: np.random.Generator) -> np.ndarray:
@@ -80,8 +87,11 @@ def random_paint(rng: np.random.Generator) -> np.ndarray:
 
 
 def proportion_margin(proportions: dict[str, float]) -> float:
-    """By how much the proportion differs that differs most from Gymnasium's humanoid."""
-    return max(abs(factor - 1) for factor in proportions.values())
+    """By how much the proportion differs that differs most from Gymnasium's humanoid.
+
+    The size is none: cameras keep a distance that goes with it, so that it is hardly seen.
+    """
+    return max(abs(factor - 1) for name, factor in proportions.items() if name != "size")
 
 
 def colour_margin(colours: np.ndarray) -> float:
@@ -94,9 +104,9 @@ def body_rng(seed: int, number: int) -> np.random.Generator:
     return np.random.default_rng([seed, number])
 
 
-def margins(seed: int, count: int) -> tuple[float, float]:
-    """Over all bodies of a training: the least proportion_margin, and the least colour_margin."""
-    bodies = [random_body(body_rng(seed, i)) for i in range(count)]
+def margins(seed: int, count: int, near: bool = False) -> tuple[float, float]:
+    """Over all bodies of a lesson: the least proportion_margin, and the least colour_margin."""
+    bodies = [random_body(body_rng(seed, i), near) for i in range(count)]
     proportion = min(proportion_margin(body.proportions) for body in bodies)
     return proportion, min(colour_margin(body.colours) for body in bodies)
 
@@ -200,33 +210,59 @@ def measure(model: mujoco.MjModel, states: np.ndarray) -> vlmrm.Pose:
     return vlmrm.Pose(*(places / metre for places in pose))._replace(**directions)
 
 
-def random_camera(size: float, rng: np.random.Generator) -> mujoco.MjvCamera:
-    """Around the place of the paper's camera, for a body of a `size` as in RANGES."""
-    camera, usual = mujoco.MjvCamera(), vlmrm.CAMERA
-    camera.azimuth = usual["azimuth"] + rng.normal(0, 18)
-    camera.elevation = usual["elevation"] + rng.uniform(-9, 7)
-    camera.distance = (usual["distance"] + rng.uniform(-0.5, 0.7)) * size
-    camera.lookat[2] = (usual["lookat"][2] + rng.uniform(-0.13, 0.13)) * size
+def usual_camera(body: Body) -> mujoco.MjvCamera:
+    """Where the paper's camera is, as far off as the body is large."""
+    return placed(body, 0, 0, 0, 0)
+
+
+def random_camera(body: Body, rng: np.random.Generator) -> mujoco.MjvCamera:
+    """Around that place."""
+    azimuth, *limits = NEAR_VIEW if body.near else VIEW
+    return placed(body, rng.normal(0, azimuth), *(rng.uniform(*pair) for pair in limits))
+
+
+def placed(
+    body: Body, azimuth: float, elevation: float, distance: float, height: float
+) -> mujoco.MjvCamera:
+    """The paper's camera, moved by these degrees, and by these metres times the body's size."""
+    camera, usual, size = mujoco.MjvCamera(), vlmrm.CAMERA, body.proportions["size"]
+    camera.azimuth = usual["azimuth"] + azimuth
+    camera.elevation = usual["elevation"] + elevation
+    camera.distance = (usual["distance"] + distance) * size
+    camera.lookat[2] = (usual["lookat"][2] + height) * size
     return camera
 
 
-def draw(
-    body: Body, model: mujoco.MjModel, states: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
-    """qpos (N, 24) -> frames, uint8 (N, size, size, 3), each from another camera."""
-    size, data = model.vis.global_.offheight, mujoco.MjData(model)
-    parts = [list(THICKNESS).index(common(model.geom(i).name)) for i in range(1, model.ngeom)]
-    frames = np.empty((len(states), size, size, 3), np.uint8)
-    with mujoco.Renderer(model, size, size) as renderer:
+class Painter:
+    """Draws a body's states: frames, uint8 (N, size, size, 3), of qpos (N, 24).
+
+    Frame i is painted in look i of the body's LOOKS, and then the first again. It is seen by the
+    camera given, which follows the body, or each by another one.
+    """
+
+    def __init__(self, body: Body, model: mujoco.MjModel):
+        self.body, self.model, self.data = body, model, mujoco.MjData(model)
+        names = [common(model.geom(i).name) for i in range(1, model.ngeom)]
+        self.parts = [list(THICKNESS).index(name) for name in names]
+        self.size = model.vis.global_.offheight
+        self.renderer = mujoco.Renderer(model, self.size, self.size)
         for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
-            renderer.scene.flags[flag] = False
+            self.renderer.scene.flags[flag] = False
+
+    def draw(
+        self, states: np.ndarray, rng: np.random.Generator, camera: mujoco.MjvCamera | None = None
+    ) -> np.ndarray:
+        frames = np.empty((len(states), self.size, self.size, 3), np.uint8)
         for i, qpos in enumerate(states):
-            model.geom_rgba[1:, :3] = body.colours[i % LOOKS][parts]
-            data.qpos[:] = qpos
-            mujoco.mj_kinematics(model, data)
-            mujoco.mj_camlight(model, data)
-            camera = random_camera(body.proportions["size"], rng)
-            camera.lookat[:2] = qpos[:2]
-            renderer.update_scene(data, camera)
-            frames[i] = renderer.render()
-    return frames
+            self.model.geom_rgba[1:, :3] = self.body.colours[i % LOOKS][self.parts]
+            self.data.qpos[:] = qpos
+            mujoco.mj_kinematics(self.model, self.data)
+            mujoco.mj_camlight(self.model, self.data)
+            view = camera or random_camera(self.body, rng)
+            view.lookat[:2] = qpos[:2]
+            self.renderer.update_scene(self.data, view)
+            frames[i] = self.renderer.render()
+        return frames
+
+    def close(self):
+        self.renderer.close()

@@ -18,6 +18,11 @@ LEGS = (
     "front_splits straddle sit_long half_splits sit_bent sit bow fours knees_bowed knees_back lean "
     "fall recline slouch supine prone side awkward"
 ).split()
+UPRIGHT_LEGS = [  # where among LEGS those are whose rule asks for an upright torso
+    LEGS.index(name)
+    for name in "lotus kneel heels knees_wide one_knee stand one_leg step knees_bent squat splits "
+    "front_splits straddle sit_long half_splits sit_bent sit".split()
+]
 ARMS = (
     "raised crossed hips one_raised sides forward head back one_across chest down "
     "one_side one_forward bent other"

@@ -5,7 +5,8 @@ the pose is to the nearest one of which it is true:
 
     1 - distance / reach    at least 0; the distance of places and axes (leg_vectors, arm_vectors)
 
-What it says of the trunk is true or not.
+The name of an upright pose is less true if the torso leans: times 1 when upright, times 1 - LEAN
+at 60 degrees and more. What a sentence says of the trunk is true or not.
 
 Of a whole sentence, half is the mean of its parts, and half their product. The mean pays for one
 half of "kneeling, with both arms raised" while the other is missing; the product wants both. A
@@ -14,11 +15,12 @@ reward that is learned from this has a slope where yes and no alone would have a
 
 import numpy as np
 import torch
-from tinyclip.captions import TABLES
+from tinyclip.captions import TABLES, UPRIGHT_LEGS
 from vlmrm import Pose
 
-LEG_REACH, ARM_REACH = 2.0, 0.8  # of distances between what leg_vectors, arm_vectors return
+LEG_REACH, ARM_REACH = 2.0, 0.8  # distances at which a pose is not near at all
 NEARNESS = 0.5  # its share in what a sentence says of one part; the rest is yes or no
+LEAN = 0.5  # of the truth of an upright pose's name, the share that a lean of 60 degrees takes
 PRODUCT = 0.5  # its share in a whole sentence; the rest is the mean
 BANK = 300  # poses of each label, and as many mirror images, among which the nearest is sought
 
@@ -77,6 +79,11 @@ def grade_phrases(p: Pose, labels: np.ndarray) -> list[np.ndarray]:
             near = nearness(vectors(p), vectors(images), labels[:, part], count, reach)
             nearest = [near[:, row].max(1) for row in true_of]  # of the labels that a phrase is for
             true = (1 - NEARNESS) * true + NEARNESS * np.stack(nearest, 1)
+        if part == 0:
+            lean = np.degrees(np.arccos(np.clip(p.up[:, 2], -1, 1)))
+            for k in range(1, len(true_of)):
+                if true_of[k][UPRIGHT_LEGS].sum() == true_of[k].sum():
+                    true[:, k] *= 1 - LEAN * np.clip(lean / 60, 0, 1)
         grades.append(true)
     return grades
 

@@ -1,6 +1,6 @@
-"""Makes a CLIP like the embedded one, into runs/clip, in under two hours on 2 cores:
+"""Makes a CLIP like the embedded one, into runs/clip, in about two hours on 2 cores:
 
-    python tinyclip/make.py
+    OMP_NUM_THREADS=1 python tinyclip/make.py
 
 What it is, plainly: a small CLIP that knows one thing, how humanoid bodies are posed. Like the
 paper's, it never saw the robot that it judges: it learns from pictures of other bodies in other
@@ -8,7 +8,7 @@ scenes. Unlike the paper's, it knows nothing else.
 
     1. bodies     at random: other limbs, shapes and colours, in other scenes, seen by other cameras
                   (bodies.py)
-    2. states     each body is posed, settles under its own gravity, and is moved by random motors
+    2. states     bodies in random poses, falling or settling from such, or moved by random motors
                   (poses.py). No policy plays in any of them
     3. captions   computed from each state by geometry, in the body's own measure, so that any
                   frame, however odd, has a true sentence (captions.py)
@@ -18,10 +18,16 @@ scenes. Unlike the paper's, it knows nothing else.
                   nearly it is true. Meanwhile the image tower also learns to name the labels and to
                   tell where each limb is (Aids)
 
+All of this is done twice. The first lesson has bodies and cameras of all kinds. Then climbers look
+for poses of some of them that the model likes, as a policy would, but without one (climbs_of_body).
+The second lesson has these, with their true captions, and new bodies whose torsos and cameras
+differ less from the usual ones: how far a torso leans back can hardly be seen from the front where
+its length and the camera's height may be anything.
+
 Six combinations, such as kneeling with raised arms, are kept from all of it (HELD_OUT): sentences
 to try it on. No success condition and no hand-written reward is used here, but the captions' rules
-mirror the conditions. The same command on the same machine, with as many threads, makes the same
-weights; the committed ones were made on one core, with OMP_NUM_THREADS=1 before the command.
+mirror the conditions, and climbers climb for the tasks' prompts. The same command on the same kind
+of machine, with as many threads, makes the same weights.
 """
 
 import argparse
@@ -50,12 +56,12 @@ from torch import Tensor
 # The data
 
 
-def arm_library(seed: int, count: int = 24, tries: int = 2500) -> np.ndarray:
+def arm_library(seed: int, count: int = 24, tries: int = 2500, near: bool = False) -> np.ndarray:
     """Angles of both arms in radians, (n, 6), found by trying random ones on `count` bodies."""
     found = []
     for i in range(count):
         rng = bodies.body_rng(seed, i)
-        model = bodies.build(bodies.random_body(rng), rng, 32)
+        model = bodies.build(bodies.random_body(rng, near), rng, 32)
         tried = poses.random_arms(poses.Simulator(model), rng, tries)
         found.append(choose_arms(model, tried, 10, rng))
     return np.concatenate(found)
@@ -80,13 +86,25 @@ def choose_arms(
 
 
 def make_data(
-    count: int, frames: int, size: int, seed: int, log: Callable = print
+    count: int,
+    frames: int,
+    size: int,
+    seed: int,
+    log: Callable = print,
+    near: bool = False,
+    climb: Path | None = None,
 ) -> tuple[np.ndarray, vlmrm.Pose]:
-    """`count` bodies in `frames` states each: frames, uint8 (N, size, size, 3), and their poses."""
-    arms = arm_library(seed, min(24, count))
+    """`count` bodies in `frames` states each: frames, uint8 (N, size, size, 3), and their poses.
+
+    near: the new bodies and cameras of the second lesson. Or climb: the folder of a CLIP; the
+    states are those that it likes.
+    """
+    assert not (near and climb)
+    arms, parts = arm_library(seed, min(24, count), near=near), []
     log(f"{len(arms)} poses of arms")
-    jobs, parts = [(i, arms, frames, size, seed) for i in range(count)], []
-    for part in in_parallel(frames_of_body, jobs, min(2, torch.get_num_threads())):
+    function, more = (climbs_of_body, (climb,)) if climb else (frames_of_body, (near,))
+    jobs = [(i, arms, frames, size, seed, *more) for i in range(count)]
+    for part in in_parallel(function, jobs):
         parts.append(part)
         if len(parts) % 20 == 0:
             log(f"{len(parts)} of {count} bodies")
@@ -95,7 +113,7 @@ def make_data(
 
 
 def frames_of_body(
-    number: int, arms: np.ndarray, count: int, size: int, seed: int
+    number: int, arms: np.ndarray, count: int, size: int, seed: int, near: bool = False
 ) -> tuple[np.ndarray, vlmrm.Pose]:
     """Body `number` in `count` of its states, those with rare labels more often than others.
 
@@ -103,20 +121,87 @@ def frames_of_body(
     than count where too many states are held out.
     """
     rng = bodies.body_rng(seed, number)
-    body = bodies.random_body(rng)
+    body = bodies.random_body(rng, near)
     model = bodies.build(body, rng, size)
     arms = choose_arms(model, arms[rng.integers(len(arms), size=1500)], 40, rng)
     states = poses.random_states(poses.Simulator(model), arms, rng, 2 * count)
     pose = bodies.measure(model, states)
+    # squared: 1 / (how often its legs are there) / (how often its arms are)
     chance = chances(label(pose)) ** 2 * ~held_out(pose)
     count = min(count, np.count_nonzero(chance))
     rows = rng.choice(len(states), count, replace=False, p=chance / chance.sum())
-    return bodies.draw(body, model, states[rows], rng), vlmrm.Pose(*(x[rows] for x in pose))
+    painter = bodies.Painter(body, model)
+    frames = painter.draw(states[rows], rng)
+    painter.close()
+    return frames, vlmrm.Pose(*(x[rows] for x in pose))
+
+
+def climbs_of_body(
+    number: int,
+    arms: np.ndarray,
+    count: int,
+    size: int,
+    seed: int,
+    folder: Path,
+    each: int = 4,
+    tries: int = 40,
+) -> tuple[np.ndarray, vlmrm.Pose]:
+    """Body `number` in up to `count` states that a CLIP likes, found without a policy.
+
+    For each of the eight tasks' prompts and of four captions, the best `each` of 300 random states
+    are changed at random, and a change stays if it earns more. Kept are the states after a quarter,
+    a half, three quarters and all of the `tries`. Some may be such as would mislead a policy; their
+    captions are true. Returns as frames_of_body.
+    """
+    torch.set_num_threads(1)
+    rng = bodies.body_rng(seed, number)
+    body = bodies.random_body(rng)
+    model = bodies.build(body, rng, size)
+    rng = np.random.default_rng([seed, number, 1])  # other states than those of frames_of_body
+    sim, camera = poses.Simulator(model), bodies.usual_camera(body)
+    arms = choose_arms(model, arms[rng.integers(len(arms), size=1500)], 40, rng)
+    clip = vlmrm.CLIP(f"local-dir:{folder}", "cpu")
+    baseline, painter = clip.embed_text(vlmrm.BASELINE_PROMPT), bodies.Painter(body, model)
+
+    def like(states, goals):  # (N, 24) -> (N, len(goals)); states held out earn -1
+        image = clip.embed_images(painter.draw(states, rng, camera))
+        earned = [vlmrm.goal_baseline_reward(image, goal, baseline, 0.5) for goal in goals]
+        allowed = ~held_out(bodies.measure(model, states))
+        return np.where(allowed[:, None], torch.stack(earned, 1).numpy(), -1)
+
+    states = poses.random_states(sim, arms, rng, 300)
+    pose = bodies.measure(model, states)
+    labels = label(pose)[~held_out(pose)]
+    some, says = write_captions(labels[rng.choice(len(labels), 20)], rng)
+    prompts = [prompt for prompt, _ in vlmrm.TASKS.values()]
+    prompts += [sentence for sentence, row in zip(some, says) if row[:2].any()][:4]
+    goals = [clip.embed_text(prompt) for prompt in prompts]
+    rewards = like(states, goals)
+    best = np.argsort(-rewards, 0)[:each]  # (each, len(goals))
+    mine = np.tile(np.arange(len(goals)), each)
+    states, rewards, kept = states[best.flatten()], rewards[best.flatten(), mine], []
+    for i in range(1, tries + 1):
+        others = np.array([poses.changed(sim, arms, qpos, rng) for qpos in states])
+        for k in np.flatnonzero(rng.random(len(others)) < 0.25):
+            others[k] = sim.settle(others[k], rng.choice([20, 60, 150, 300]), [30])[-1]
+        earned = like(others, goals)[np.arange(len(others)), mine]
+        better = earned > rewards
+        states[better], rewards[better] = others[better], earned[better]
+        if i % (tries // 4) == 0:
+            kept.append(states.copy())
+    states = np.concatenate(kept)
+    states = states[~held_out(bodies.measure(model, states))]
+    states = states[rng.permutation(len(states))[:count]]
+    frames = painter.draw(states, rng)
+    painter.close()
+    return frames, bodies.measure(model, states)
 
 
 # --------------------------------------------------------------------------------------------------
 # The model and its training
 
+FOUND = 0.4  # of a batch of the second lesson, the share of states that climbers found
+CLIMBED = 192  # such states of each body: of 12 sentences, 4 climbers, 4 times on their way
 VOCABULARY = 49408  # of CLIP's tokenizer
 PREPROCESS = dict(mean=[0.5] * 3, std=[0.25] * 3, interpolation="bicubic", resize_mode="shortest")
 
@@ -135,7 +220,7 @@ def architecture(width: int = 16, size: int = 96) -> dict:
 
 
 class Aids(nn.Module):
-    """What only training has, to learn sooner where the limbs are: it is dropped at saving."""
+    """What only training has, to learn sooner where the limbs are; no part of the model."""
 
     def __init__(self, visual: nn.Module, targets: int):
         super().__init__()
@@ -158,27 +243,39 @@ def train(
     seed: int = 0,
     batch_size: int = 128,
     folder: Path | None = None,
+    start: open_clip.CLIP | None = None,
+    found: int = 0,
 ) -> open_clip.CLIP:
-    """A new model of frames, uint8 (N, H, W, 3), and their poses; saved meanwhile in `folder`."""
+    """A model of frames, uint8 (N, H, W, 3), and their poses; saved meanwhile in `folder`.
+
+    It is new, or goes on from `start`. Of the frames, the last `found` are those that climbers
+    found.
+    """
     torch.manual_seed(seed)
     rng, labels = np.random.default_rng(seed), label(pose)
     grades = grading.grade_phrases(pose, labels)
     places = np.concatenate([grading.leg_vectors(pose), grading.arm_vectors(pose)], 1)
     places = (places - places.mean(0)) / places.std(0)
-    model = open_clip.CLIP(**config).requires_grad_().to(memory_format=torch.channels_last)
+    model = start or open_clip.CLIP(**config)
+    model = model.requires_grad_().to(memory_format=torch.channels_last)
     tokenizer = open_clip.SimpleTokenizer(context_length=config["text_cfg"]["context_length"])
     mask, aids = used_tokens(tokenizer), Aids(model.visual, places.shape[1])
     silence(model, mask)
     parameters = [*model.parameters(), *aids.parameters()]
-    optimizer = torch.optim.AdamW(parameters, 2e-3, weight_decay=0.02, fused=True)
-    # the learning rate rises in the first tenth, then falls to 0 along half a cosine
+    peak = 1e-3 if start else 2e-3
+    optimizer = torch.optim.AdamW(parameters, peak, weight_decay=0.02, fused=True)
+    # the learning rate falls to 0 along half a cosine; in the first tenth it also rises from 0
     rate = [min(10 * t, 1) * (1 + np.cos(np.pi * t)) / 2 for t in np.linspace(0, 1, steps + 1)]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: rate[min(i + 1, steps)])
     mean, std = (torch.tensor(PREPROCESS[key]).view(3, 1, 1) for key in ("mean", "std"))
     model.train()
     # bf16 is 1.5 times as fast where a CPU has it; elsewhere a tenth as fast
     bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    start, report, chance = time.time(), np.zeros(6), chances(labels)
+    begun, report = time.time(), np.zeros(6)
+    chance = chances(labels)
+    if found:
+        posed, climbed = chances(labels[:-found]), chances(labels[-found:])
+        chance = np.concatenate([posed * (1 - FOUND), climbed * FOUND])
     for i in range(steps):
         rows = rng.choice(len(frames), batch_size, p=chance)
         x = torch.from_numpy(frames[rows]).permute(0, 3, 1, 2).float() / 255
@@ -195,11 +292,11 @@ def train(
         # a cosine has to say how true, and no more. A new model learns less if this has its full
         # weight from the start
         squared = (aids.line[0] * cosine + aids.line[1] - graded).square().mean()
-        weight = 30 * min(1, 2 * i / steps)
+        weight = 30 * (1 if start else min(1, 2 * i / steps))
         y = torch.from_numpy(labels[rows])
         kinds = [F.cross_entropy(head(image) * 10, y[:, k]) for k, head in enumerate(aids.heads)]
-        found = aids.places(aids.map.float().flatten(1))
-        off = (found - torch.from_numpy(places[rows])).square().mean()
+        guessed = aids.places(aids.map.float().flatten(1))
+        off = (guessed - torch.from_numpy(places[rows])).square().mean()
         loss = contrastive + weight * squared + 0.5 * sum(kinds) + off
         optimizer.zero_grad()
         loss.backward()
@@ -211,7 +308,7 @@ def train(
         if (i + 1) % 50 == 0:
             names = "contrastive", "squared", "legs", "arms", "trunk", "places"
             losses = " ".join(f"{name} {value / 50:.3f}" for name, value in zip(names, report))
-            print(f"  step {i + 1}/{steps} {losses} {time.time() - start:.0f} s", flush=True)
+            print(f"  step {i + 1}/{steps} {losses} {time.time() - begun:.0f} s", flush=True)
             report[:] = 0
         if folder and (i + 1) % 300 == 0:
             save(model, config, folder)
@@ -233,7 +330,7 @@ def silence(model: open_clip.CLIP, mask: Tensor):
 
 
 def chances(labels: np.ndarray) -> np.ndarray:
-    """How probable each frame of labels (N, 3) is in a batch, (N,): rare legs and arms are more."""
+    """How probable each frame of labels (N, 3) is in a batch, (N,): rare ones are more so."""
     legs, arms = (np.bincount(labels[:, k])[labels[:, k]] for k in (0, 1))
     chance = 1 / np.sqrt(legs) * (1 / np.sqrt(arms))
     return chance / chance.sum()
@@ -266,20 +363,31 @@ def save(model: open_clip.CLIP, config: dict, folder: Path):
 
 
 def make(args: argparse.Namespace):
-    """Bodies, states, frames and training, as at the top of this file."""
-    start = time.time()
+    """Both lessons, as at the top of this file."""
+    begun, first = time.time(), args.out / "first"
 
     def log(text):
-        print(f"[{(time.time() - start) / 60:.1f} min] {text}", flush=True)
+        print(f"[{(time.time() - begun) / 60:.1f} min] {text}", flush=True)
 
+    config = architecture(args.width, args.size)
     frames, pose = make_data(args.bodies, args.frames, args.size, args.seed, log)
     log(f"{len(frames)} frames")
     labels = label(pose)
     for k, names in enumerate((LEGS, ARMS, TRUNK)):
         counts = np.bincount(labels[:, k], minlength=len(names))
         print("  " + ", ".join(f"{name} {count}" for name, count in zip(names, counts)))
-    config = architecture(args.width, args.size)
-    model = train(frames, pose, config, args.steps, args.seed, folder=args.out)
+    model = train(frames, pose, config, args.steps, args.seed, folder=first)
+    save(model, config, first)
+    log(f"the model of the first lesson in {first}; now, what does it like?")
+    del frames
+    found = make_data(args.climbs, CLIMBED, args.size, args.seed, log, climb=first)
+    log(f"{len(found[0])} frames found; now bodies and cameras nearer to the usual ones")
+    near = make_data(args.bodies, args.frames, args.size, args.seed + 1, log, near=True)
+    frames = np.concatenate([near[0], found[0]])
+    pose = vlmrm.Pose(*(np.concatenate(pair) for pair in zip(near[1], found[1])))
+    model = open_clip.create_model(f"local-dir:{first}")
+    steps, seed = args.more_steps, args.seed + 1
+    model = train(frames, pose, config, steps, seed, start=model, found=len(found[0]))
     save(model, config, args.out)
     log(f"a model in {args.out}")
 
@@ -292,10 +400,12 @@ def main():
     add = parser.add_argument
     add("--bodies", type=int, default=500, help="bodies to learn from")
     add("--frames", type=int, default=130, help="frames of each")
-    add("--steps", type=int, default=4000, help="training steps")
+    add("--steps", type=int, default=4000, help="training steps of the first lesson")
+    add("--climbs", type=int, default=100, help="of those bodies, how many climb then, at least 1")
+    add("--more-steps", type=int, default=1400, help="training steps of the second lesson")
     add("--width", type=int, default=16, help="of the image tower")
     add("--size", type=int, default=96, help="of the frames, in pixels")
-    add("--seed", type=int, default=0, help="of all that is random")
+    add("--seed", type=int, default=0, help="of the first lesson; the second has the next one")
     add("--out", type=Path, default=Path("runs/clip"), help="where the model goes")
     make(parser.parse_args())
 

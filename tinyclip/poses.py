@@ -275,7 +275,7 @@ def random_pose(sim: Simulator, arms: np.ndarray, rng: np.random.Generator) -> n
 def random_states(
     sim: Simulator, arms: np.ndarray, rng: np.random.Generator, count: int
 ) -> np.ndarray:
-    """States of a body, (count, 24): 59% poses, 30% where they settle, 10% moved by motors."""
+    """States of a body, (count, 24): 59% poses, 30% on their way down, 10% moved by motors."""
     states = []
     while len(states) < count:
         qpos, kind = random_pose(sim, arms, rng), rng.random()
@@ -289,6 +289,31 @@ def random_states(
             start = qpos if rng.random() < 0.5 else sim.model.qpos0
             states += sim.move(start, snapshots, rng)
     return np.array(states[:count])
+
+
+def changed(
+    sim: Simulator, arms: np.ndarray, qpos: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """A pose (24,), changed in one of four ways; qpos itself stays.
+
+    Some joints a little; one arm or leg more; both arms, to some of `arms` (n, 6); or it is turned.
+    Then its lowest point is 5 mm above the floor.
+    """
+    qpos, kind = qpos.copy(), rng.random()
+    if kind < 0.5:
+        some = rng.random(17) < 0.4
+        qpos[7:] += np.deg2rad(rng.choice([2, 5, 12])) * rng.standard_normal(17) * some
+    elif kind < 0.75:
+        limbs = sim.legs[:4], sim.legs[4:], sim.arms[:3], sim.arms[3:]
+        limb = limbs[rng.integers(4)]
+        qpos[limb] += np.deg2rad(rng.choice([5, 15])) * rng.standard_normal(len(limb))
+    elif kind < 0.85:
+        qpos[sim.arms] = arms[rng.integers(len(arms))]
+    else:
+        angles = np.deg2rad(rng.choice([3, 10]) * rng.standard_normal(3))
+        orientation = turned(quaternion(*angles), qpos[3:7])
+        qpos[3:7] = orientation / np.linalg.norm(orientation)
+    return sim.ground(qpos, 0.005)
 
 
 def in_parallel(function: Callable, jobs: list[tuple], processes: int = 2) -> Iterator:
