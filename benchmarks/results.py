@@ -44,12 +44,15 @@ PARTS += vlmrm.raised, vlmrm.on_hips, vlmrm.crossed
 
 
 def name_of(row: dict) -> str:
-    settings = f"-{short(row['model'])}" * (row["model"] != vlmrm.EMBEDDED_CLIP)
-    settings += f"-alpha{row['alpha']:g}" * (row["alpha"] != 0.5)
-    settings += f"-pink{row['pink']:g}" * (row["pink"] > 0)
-    settings += f"-gamma{row['gamma']:g}" * (row["gamma"] != 0.95)
-    settings += f"-azimuth{row['azimuth']:g}" * (row["azimuth"] != 180)
-    return f"{row['task']}{settings}-steps{row['steps']:.0f}-seed{row['seed']:g}"
+    return f"{unusual(row, row['task'], '-')}-steps{row['steps']:.0f}-seed{row['seed']:g}"
+
+
+def unusual(row: dict, name: str, join: str) -> str:
+    """The name of a task, and those settings that are not the usual ones."""
+    name += f"{join}{short(row['model'])}" * (row["model"] != vlmrm.EMBEDDED_CLIP)
+    usual = dict(alpha=0.5, pink=0, gamma=0.95, azimuth=180)
+    some = [key for key in usual if row[key] != usual[key]]
+    return join.join([name, *(f"{key}{' ' * (join == ', ')}{row[key]:g}" for key in some)])
 
 
 def read(path: Path) -> list[dict]:
@@ -71,41 +74,31 @@ def spread(values: Iterable) -> str:
     return f"{np.mean(values):.0f}%" + f" ({least}-{most})" * (least < most)
 
 
-def print_table(rows: list[dict], ceilings: dict):
-    columns = "task | prompt | seeds | success | held | of the best seed by CLIP reward, as in the "
-    columns += (
-        "paper | zero action | CLIP reward at the end | of goal poses | dense reward | steps "
+def print_table(rows: list[dict]):
+    """A row for each task and its settings: means over the seeds, and in brackets the range."""
+    columns = (
+        "task | prompt | seeds | steps | success | held | of the best seed by CLIP reward, as in "
     )
-    columns += "| minutes"
-    print(f"| {columns} | the paper's, of another experiment |\n" + "|---" * 13 + "|")
-    for task, (prompt, _) in vlmrm.JUDGED.items():
-        of_task = [row for row in rows if row["task"] == task]
-        for settings in sorted({tuple(row[key] for key in SETTINGS) for row in of_task}):
-            model, alpha, pink, gamma, azimuth, steps = settings
-            some = [row for row in of_task if tuple(row[key] for key in SETTINGS) == settings]
-            keys = "reward_at_the_end", "reward_of_goal_poses"
-            rewards = [np.mean([row[key] for row in some]) for key in keys]
-            ceiling = ceilings.get(task, {})
-            keys = "success", "success_held"
-            ceiling = [f"{float(ceiling[key]):.0%}" for key in keys if ceiling]
-            minutes = [f"{row['seconds'] / 60:.0f}" for row in some if "seconds" in row]
-            name = task + f", {model}" * (model != vlmrm.EMBEDDED_CLIP)
-            name += f", alpha {alpha:g}" * (alpha != 0.5) + f", --pink {pink:g}" * (pink > 0)
-            name += f", --gamma {gamma:g}" * (gamma != 0.95)
-            name += f", --azimuth {azimuth:g}" * (azimuth != 180)
-            cells = [name, prompt, len(some)]
-            keys = "success", "success_held", "success_zero"
-            success, held, zero = (spread(row[key] for row in some) for key in keys)
-            best = max(some, key=lambda row: row["reward"])
-            cells += [success, held, f"{best['success']:.0%} / {best['success_held']:.0%}", zero]
-            cells += [
-                *(f"{reward:.3f}" for reward in rewards),
-                " / ".join(ceiling),
-                f"{steps:,.0f}",
-                ", ".join(minutes),
-            ]
-            paper = f"{PAPER[task]:.0%} |" if task in PAPER else "|"
-            print("|", " | ".join(map(str, cells)), "|", paper)
+    columns += "the paper | CLIP reward at the end; of goal poses | zero action "
+    print(f"| {columns}| the paper's success, of another experiment |\n" + "|---" * 10 + "|")
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["task"], *(row[key] for key in SETTINGS)), []).append(row)
+    order = list(vlmrm.JUDGED)
+    for key in sorted(groups, key=lambda key: (order.index(key[0]), key)):
+        some = groups[key]
+        best, task = max(some, key=lambda row: row["reward"]), key[0]
+        rates = ("success", "success_held", "success_zero")
+        success, held, zero = (spread(row[rate] for row in some) for rate in rates)
+        rewards = [
+            f"{np.mean([row[name] for row in some]):.3f}"
+            for name in ("reward_at_the_end", "reward_of_goal_poses")
+        ]
+        cells = [unusual(best, task, ", "), vlmrm.JUDGED[task][0], len(some)]
+        cells += [f"{best['steps']:,.0f}", success, held]
+        cells += [f"{best['success']:.0%} / {best['success_held']:.0%}", "; ".join(rewards), zero]
+        paper = f"{PAPER[task]:.0%}" if task in PAPER else ""
+        print("|", " | ".join(map(str, [*cells, paper])), "|")
 
 
 def draw_gallery(runs: list[dict], path: Path):
@@ -118,11 +111,13 @@ def draw_gallery(runs: list[dict], path: Path):
         with Image.open(best[task]["folder"] / "video.gif") as video:
             for k, frame in enumerate(frames):
                 video.seek(2 * k)
-                view = video.convert("RGB").crop((0, 0, 240, 240))
+                view = video.convert("RGB").crop((34, 44, 206, 216))  # where the robot is
                 view = view.resize((size, size), Image.Resampling.BICUBIC)
                 text = f"{task}: {best[task]['success']:.0%}"
                 ImageDraw.Draw(view).text((4, size - 14), text, "black")
                 frame.paste(view, (i % 4 * size, i // 4 * size))
+    colours = frames[-1].quantize(96)  # the same for all, so that the file stays small
+    frames = [frame.quantize(palette=colours, dither=Image.Dither.NONE) for frame in frames]
     others = frames[1:] + frames[-1:] * 5  # the last one stays for a while
     frames[0].save(path, save_all=True, append_images=others, duration=180, loop=0)
 
@@ -215,7 +210,7 @@ def main():
     order = "task", *SETTINGS, "seed"
     rows = sorted(rows.values(), key=lambda row: [row[key] for key in order])
     write_csv(RUNS / "results.csv", COLUMNS, rows)
-    print_table(rows, {row["task"]: row for row in read(RUNS / "ceiling.csv")})
+    print_table(rows)
     if args.policies:
         usual = [row for row in results if name_of(row).startswith(f"{row['task']}-steps")]
         for result in sorted(usual, key=lambda result: result["reward"]):  # the best one last

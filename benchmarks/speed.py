@@ -5,12 +5,15 @@
     # encoders, with random weights
     python benchmarks/speed.py vit --device cuda --models ViT-B-32 ViT-bigG-14
 
+Where SBX is installed (pip install sbx-rl), which is stable-baselines3 in JAX, it is timed too.
+
 Each row times two things in turn, A B A B ..., and gives the median of the ratios of neighbours, so
 that a machine that speeds up or slows down meanwhile does not decide. Run nothing beside it.
 """
 
 import argparse
 import functools
+import importlib.util
 import platform
 import statistics
 import sys
@@ -174,10 +177,18 @@ def bench_sac(args):
             device=args.device,
             policy_kwargs=dict(net_arch=[256, 256]),
         )
-        sb3.set_logger(stable_baselines3.common.logger.Logger(None, []))
-        for _ in range(20_000):
-            obs = np.random.randn(2, 1, OBS).astype(np.float32)
-            sb3.replay_buffer.add(*obs, np.random.rand(1, ACT), np.zeros(1), np.zeros(1), [{}])
+        others = {"stable-baselines3": sb3}
+        if importlib.util.find_spec("sbx"):  # pip install sbx-rl
+            import sbx
+
+            sizes = dict(batch_size=batch, buffer_size=20_000)
+            others["SBX"] = sbx.SAC("MlpPolicy", Spaces(), **sizes)  # 256-256, too
+        for other in others.values():
+            other.set_logger(stable_baselines3.common.logger.Logger(None, []))
+            for _ in range(20_000):
+                obs = np.random.randn(2, 1, OBS).astype(np.float32)
+                action = np.random.rand(1, ACT)
+                other.replay_buffer.add(*obs, action, np.zeros(1), np.zeros(1), [{}])
         cleanrl, count = CleanRL(args.device), 100
 
         def ours():
@@ -197,14 +208,15 @@ def bench_sac(args):
                 torch.set_float32_matmul_precision("highest")
 
             how = {"highest": "fp32", "medium": "bf16 matmuls (theirs fp32)"}[precision]
-            compare(
-                f"SAC, batch {batch}, {how}: ours, stable-baselines3",
-                (precise, count),
-                (lambda: sb3.train(count, batch), count),
-                "updates/s",
-                args.pairs,
-                args.device,
-            )
+            for name, other in others.items():
+                compare(
+                    f"SAC, batch {batch}, {how}: ours, {name}",
+                    (precise, count),
+                    (functools.partial(other.train, count, batch), count),
+                    "updates/s",
+                    args.pairs,
+                    args.device,
+                )
             compare(
                 f"SAC, batch {batch}, {how}: ours, CleanRL's update",
                 (precise, count),
@@ -443,7 +455,7 @@ def bench_loop(args):
     sb3 = stable_baselines3.SAC(
         "MlpPolicy",
         Labelled(Usual(clip)),
-        batch_size=256,
+        batch_size=config.batch_size,
         gamma=0.95,
         learning_rate=6e-4,
         train_freq=4,
@@ -453,6 +465,7 @@ def bench_loop(args):
         policy_kwargs=dict(net_arch=[256, 256]),
     )
     threads, others = torch.get_num_threads(), default_workers(ENVS, config.eval_episodes)
+    turn = config.eval_every // (ENVS * config.round_steps)  # rounds, with one evaluation
     for workers in dict.fromkeys((others, 0)):
         player = sac.Player(make(count=ENVS), reward, config)
         if workers:
@@ -462,7 +475,8 @@ def bench_loop(args):
 
         def ours(rounds=rounds, player=player, workers=workers):
             torch.set_num_threads(max(1, threads - workers))
-            next(rounds), next(rounds)
+            for _ in range(turn):
+                next(rounds)
             if workers:  # what they play ahead is timed too, and done before the other's turn
                 for _, pipe, _ in player.workers:
                     pipe.poll(None)
@@ -472,7 +486,7 @@ def bench_loop(args):
             ours()
         compare(
             f"whole loop, {workers} workers: ours, stable-baselines3 on pipeline (c)",
-            (ours, 2 * ENVS * config.round_steps),
+            (ours, turn * ENVS * config.round_steps),
             (lambda: sb3.learn(100, reset_num_timesteps=False), 100),
             "steps/s",
             args.pairs,
