@@ -1430,6 +1430,7 @@ def test_the_folder_of_a_run_tells_what_is_unusual_about_it(tmp_path, monkeypatc
         (["--seed", "3"], "kneeling-seed3"),
         (lotus.split(), "lotus-alpha0.3-pink0.75-azimuth210-seed0"),
         (["--gamma", "0.98"], "kneeling-gamma0.98-seed0"),
+        (["--look", "original"], "kneeling-original-seed0"),
         (["--model", "local-dir:a/b", "--alpha", "0"], "kneeling-b-alpha0-seed0"),
         (["A robot: bowing!"], "a-robot-bowing-seed0"),
     ):
@@ -2068,6 +2069,8 @@ class Scripts:
         self.patch.setattr(module, "matmul_shapes", lambda batch: [(2, 3, 4)])
         self.patch.setattr(torch, "compile", lambda function, **_: function)
         self.patch.setattr(module, "ENVS", 1)
+        self.patch.setattr(module, "TURN", 200)
+        self.patch.setitem(sys.modules, "sbx", None)  # as if it were not installed
         small = dict(width=64, height=64)
         self.patch.setattr(gymnasium, "make", lambda name, **rest: made(name, **rest | small))
         return "--pairs 1 --frames 2 --device cpu"

@@ -117,7 +117,7 @@ def measure_encoders(args) -> list[dict]:
         row = dict(model=name, GFLOP_per_image=work / 1e9) | best | dict(TFLOP_per_s=tflops)
         rows.append(row | dict(share_of_peak=tflops / args.peak if args.peak else None))
         print(rows[-1], flush=True)
-        del clip
+        del clip, encode  # or the next model would have to fit in beside it
     return rows
 
 

@@ -33,8 +33,8 @@ RUNS = ASSETS / "runs"
 # Table 1: ViT-bigG-14, 10 million steps
 PAPER = dict(zip(vlmrm.TASKS, (1, 1, 1, 1, 1, 0.64, 0, 0)))
 # what is averaged over seeds has these in common
-SETTINGS = ("model", "alpha", "pink", "gamma", "azimuth", "steps")
-COLUMNS = "task model alpha pink gamma azimuth seed steps".split()
+SETTINGS = ("model", "look", "alpha", "pink", "gamma", "azimuth", "steps")
+COLUMNS = "task model look alpha pink gamma azimuth seed steps".split()
 COLUMNS += "episodes success success_held reward reward_at_the_end reward_of_goal_poses".split()
 COLUMNS += "success_zero success_random success_untrained seconds".split()
 
@@ -49,7 +49,9 @@ def name_of(row: dict) -> str:
 
 def unusual(row: dict, name: str, join: str) -> str:
     """The name of a task, and those settings that are not the usual ones."""
-    name += f"{join}{short(row['model'])}" * (row["model"] != vlmrm.EMBEDDED_CLIP)
+    model = row["model"] if join == ", " else short(row["model"])
+    name += f"{join}{model}" * (row["model"] != vlmrm.EMBEDDED_CLIP)
+    name += f"{join}{row['look']}" * (row["look"] != "realistic")
     usual = dict(alpha=0.5, pink=0, gamma=0.95, azimuth=180)
     some = [key for key in usual if row[key] != usual[key]]
     return join.join([name, *(f"{key}{' ' * (join == ', ')}{row[key]:g}" for key in some)])
@@ -60,7 +62,7 @@ def read(path: Path) -> list[dict]:
     if not path.exists():
         return []
     with open(path, newline="") as file:
-        words = "task", "model"
+        words = "task", "model", "look"
         return [
             {k: v if k in words else float(v) for k, v in row.items() if v}
             for row in csv.DictReader(file)
@@ -76,13 +78,12 @@ def spread(values: Iterable) -> str:
 
 def print_table(rows: list[dict]):
     """A row for each task and its settings: means over the seeds, and in brackets the range."""
-    columns = (
-        "task | prompt | seeds | steps | success | held | of the best seed by CLIP reward, as in "
-    )
-    columns += "the paper | CLIP reward at the end; of goal poses | zero action "
-    print(f"| {columns}| the paper's success, of another experiment |\n" + "|---" * 10 + "|")
+    columns = "task | prompt | seeds | steps | success | held | success and held of the best seed "
+    columns += "by CLIP reward | CLIP reward at the end; of goal poses | zero action | the paper's "
+    columns += "success, of another experiment (ViT-bigG-14)"
+    print(f"| {columns} |\n" + "|---" * 10 + "|")
     groups = {}
-    for row in rows:
+    for row in (row for row in rows if row["task"] in vlmrm.JUDGED):
         groups.setdefault((row["task"], *(row[key] for key in SETTINGS)), []).append(row)
     order = list(vlmrm.JUDGED)
     for key in sorted(groups, key=lambda key: (order.index(key[0]), key)):
@@ -194,7 +195,7 @@ def main():
         results.append(result | dict(folder=folder))
     for result in results:
         config = json.loads((result["folder"] / "config.json").read_text())
-        result |= {key: config[key] for key in ("pink", "gamma", "azimuth")}
+        result |= {key: config[key] for key in ("look", "pink", "gamma", "azimuth")}
     results = [result for result in results if result["task"]]  # others have no success to report
     for result in results:
         for name, rates in result["references"].items():

@@ -38,6 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 OBS, ACT = 348, 17  # of the humanoid
 ENVS = 16  # environments of the whole loop
+TURN = sac.Config.eval_every  # its steps in a turn: with one evaluation
 PROMPTS = vlmrm.TASKS["kneeling"][0], vlmrm.BASELINE_PROMPT
 
 
@@ -178,7 +179,7 @@ def bench_sac(args):
             policy_kwargs=dict(net_arch=[256, 256]),
         )
         others = {"stable-baselines3": sb3}
-        if importlib.util.find_spec("sbx"):  # pip install sbx-rl
+        if args.device == "cpu" and importlib.util.find_spec("sbx"):  # pip install sbx-rl
             import sbx
 
             sizes = dict(batch_size=batch, buffer_size=20_000)
@@ -448,7 +449,7 @@ def bench_loop(args):
     import stable_baselines3
 
     clip = vlmrm.CLIP(device=args.device)
-    config = sac.Config(steps=100_000)
+    config = sac.Config(steps=150_000)
     reward = vlmrm.VLMReward(clip, *PROMPTS)
     scene, condition = vlmrm.Scene(clip.size), vlmrm.TASKS["kneeling"][1]
     make = functools.partial(vlmrm.make_envs, scene, condition, episode_steps=100)
@@ -465,7 +466,7 @@ def bench_loop(args):
         policy_kwargs=dict(net_arch=[256, 256]),
     )
     threads, others = torch.get_num_threads(), default_workers(ENVS, config.eval_episodes)
-    turn = config.eval_every // (ENVS * config.round_steps)  # rounds, with one evaluation
+    turn = TURN // (ENVS * config.round_steps)  # rounds
     for workers in dict.fromkeys((others, 0)):
         player = sac.Player(make(count=ENVS), reward, config)
         if workers:

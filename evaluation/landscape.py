@@ -113,6 +113,7 @@ def main():
             strip.imshow(np.concatenate(list(some), 1))
             strip.axis("off")
         axes[0].legend(fontsize="small")
+        del clip  # before the next one is loaded
     args.out.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out / "landscape.png", dpi=100)
     write_csv(args.out / "landscape.csv", table[0], table)

@@ -214,6 +214,7 @@ def run_name(task: str | None, prompt: list[str], args: argparse.Namespace) -> s
     name = task or "-".join(words)[:60] or "prompt"
     if args.model != EMBEDDED_CLIP:
         name += f"-{short(args.model)}"
+    name += f"-{args.look}" * (args.look != "realistic")
     usual = dict(alpha=0.5, pink=0, gamma=0.95, azimuth=CAMERA["azimuth"])
     for setting, value in usual.items():
         if getattr(args, setting) != value:
