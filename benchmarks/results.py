@@ -44,17 +44,16 @@ PARTS += vlmrm.raised, vlmrm.on_hips, vlmrm.crossed
 
 
 def name_of(row: dict) -> str:
-    return f"{unusual(row, row['task'], '-')}-steps{row['steps']:.0f}-seed{row['seed']:g}"
+    words = [short(word).replace(" ", "") for word in (row["task"], *unusual(row))]
+    return "-".join([*words, f"steps{row['steps']:.0f}", f"seed{row['seed']:g}"])
 
 
-def unusual(row: dict, name: str, join: str) -> str:
-    """The name of a task, and those settings that are not the usual ones."""
-    model = row["model"] if join == ", " else short(row["model"])
-    name += f"{join}{model}" * (row["model"] != vlmrm.EMBEDDED_CLIP)
-    name += f"{join}{row['look']}" * (row["look"] != "realistic")
+def unusual(row: dict) -> list[str]:
+    """Which of the settings are not the usual ones."""
+    usual = dict(model=vlmrm.EMBEDDED_CLIP, look="realistic")
+    words = [row[key] for key in usual if row[key] != usual[key]]
     usual = dict(alpha=0.5, pink=0, gamma=0.95, azimuth=180)
-    some = [key for key in usual if row[key] != usual[key]]
-    return join.join([name, *(f"{key}{' ' * (join == ', ')}{row[key]:g}" for key in some)])
+    return words + [f"{key} {row[key]:g}" for key in usual if row[key] != usual[key]]
 
 
 def read(path: Path) -> list[dict]:
@@ -95,7 +94,7 @@ def print_table(rows: list[dict]):
             f"{np.mean([row[name] for row in some]):.3f}"
             for name in ("reward_at_the_end", "reward_of_goal_poses")
         ]
-        cells = [unusual(best, task, ", "), vlmrm.JUDGED[task][0], len(some)]
+        cells = [", ".join([task, *unusual(best)]), vlmrm.JUDGED[task][0], len(some)]
         cells += [f"{best['steps']:,.0f}", success, held]
         cells += [f"{best['success']:.0%} / {best['success_held']:.0%}", "; ".join(rewards), zero]
         paper = f"{PAPER[task]:.0%}" if task in PAPER else ""

@@ -179,7 +179,7 @@ def bench_sac(args):
             policy_kwargs=dict(net_arch=[256, 256]),
         )
         others = {"stable-baselines3": sb3}
-        if args.device == "cpu" and importlib.util.find_spec("sbx"):  # pip install sbx-rl
+        if args.device == "cpu" and importlib.util.find_spec("sbx"):
             import sbx
 
             sizes = dict(batch_size=batch, buffer_size=20_000)
