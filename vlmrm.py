@@ -11,6 +11,7 @@ two match is the reward. This file is the method:
     5. EPIC           equation (4): is a reward worth training on?
     6. training       all of it together; how SAC learns is in sac.py, the file to read next
     7. elsewhere      the same reward for any Gymnasium environment
+    8. drawing        what OpenGL asks for; to be skipped
 
     python vlmrm.py                              # learns to kneel
     python vlmrm.py "a humanoid robot bowing"    # or whatever the sentence says
@@ -385,13 +386,10 @@ class Scene:
         mujoco.mj_kinematics(self.model, data)  # where the bodies are, from the joints' angles
         mujoco.mj_camlight(self.model, data)  # and the light
         self.camera.lookat[:2] = data.qpos[:2]
-        with opengl():
+        with opengl():  # section 8
             self.renderer = self.renderer or open_renderer(self)
             self.renderer.update_scene(data, self.camera)
             return self.renderer.render()
-
-
-# What follows up to `each_state` is about MuJoCo, not about the method.
 
 
 def paint(spec: mujoco.MjSpec):
@@ -409,56 +407,6 @@ def paint(spec: mujoco.MjSpec):
     spec.geom("floor").rgba, spec.material("MatPlane").reflectance = (1, 1, 1, 1), 0.1
     light = spec.lights[0]
     light.dir, light.diffuse, light.ambient = (-0.5, 0.3, -1), (0.7,) * 3, (0.25,) * 3
-
-
-def simplify(spec: mujoco.MjSpec):
-    """Leaves out what costs time: several samples a pixel, fine facets, a floor of many tiles."""
-    quality, floor, tiles = spec.visual.quality, spec.geom("floor"), spec.material("MatPlane")
-    quality.offsamples, quality.numslices, quality.numstacks = 0, 8, 6
-    floor.size = (5, 5, 0.125)  # as drawn; as an obstacle, a plane has no end
-    tiles.texrepeat = [repeat / 4 for repeat in tiles.texrepeat]  # a quarter as wide as before
-
-
-def open_renderer(scene: Scene) -> mujoco.Renderer:
-    try:
-        renderer = mujoco.Renderer(scene.model, *scene.size)
-    except Exception as error:
-        raise ValueError(f"{CANNOT_DRAW} ({' '.join(str(error).split())[:99]})") from error
-    for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
-        renderer.scene.flags[flag] = scene.effects
-    return renderer
-
-
-DREW = set()  # the processes that have drawn; a fork inherits it
-
-
-@contextlib.contextmanager
-def opengl() -> Iterator[None]:
-    """What draws in here leaves OpenGL as it was. Raises ValueError in a fork, which would hang.
-
-    OpenGL works on one context at a time, the current one. Were ours left current, other code that
-    does not choose its own would draw, or delete, in ours.
-    """
-    if DREW and os.getpid() not in DREW:
-        how = 'AsyncVectorEnv(..., context="spawn"), with a Scene made in each process'
-        raise ValueError(f"drawing hangs in a fork of a process that drew. Use spawn: {how}")
-    DREW.add(os.getpid())
-    if getattr(getattr(mujoco, "GLContext", None), "__module__", "") != "mujoco.egl":
-        yield  # with other libraries it is left as it is
-        return
-    from mujoco import egl
-
-    gl = egl.EGL
-    context, display = gl.eglGetCurrentContext(), gl.eglGetCurrentDisplay()
-    surface = gl.eglGetCurrentSurface(gl.EGL_DRAW)
-    try:
-        yield
-    finally:
-        if context:
-            gl.eglMakeCurrent(display, surface, surface, context)
-        elif egl.EGL_DISPLAY:
-            nothing = gl.EGL_NO_SURFACE, gl.EGL_NO_SURFACE, gl.EGL_NO_CONTEXT
-            gl.eglMakeCurrent(egl.EGL_DISPLAY, *nothing)
 
 
 def each_state(model: mujoco.MjModel, states: np.ndarray) -> Iterator[mujoco.MjData]:
@@ -1005,6 +953,60 @@ def draw(env: gymnasium.Env) -> np.ndarray:
         given = type(frame).__name__
         raise ValueError(f"render() gives {given}; wanted is a frame, an array (H, W, 3)")
     return frame
+
+
+# --------------------------------------------------------------------------------------------------
+# 8. Drawing fast, and beside other code that draws. This is about OpenGL, not about the method.
+
+
+def simplify(spec: mujoco.MjSpec):
+    """Leaves out what costs time: several samples a pixel, fine facets, a floor of many tiles."""
+    quality, floor, tiles = spec.visual.quality, spec.geom("floor"), spec.material("MatPlane")
+    quality.offsamples, quality.numslices, quality.numstacks = 0, 8, 6
+    floor.size = (5, 5, 0.125)  # as drawn; as an obstacle, a plane has no end
+    tiles.texrepeat = [repeat / 4 for repeat in tiles.texrepeat]  # a quarter as wide as before
+
+
+def open_renderer(scene: Scene) -> mujoco.Renderer:
+    try:
+        renderer = mujoco.Renderer(scene.model, *scene.size)
+    except Exception as error:
+        raise ValueError(f"{CANNOT_DRAW} ({' '.join(str(error).split())[:99]})") from error
+    for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+        renderer.scene.flags[flag] = scene.effects
+    return renderer
+
+
+DREW = set()  # the processes that have drawn; a fork inherits it
+
+
+@contextlib.contextmanager
+def opengl() -> Iterator[None]:
+    """What draws in here leaves OpenGL as it was. Raises ValueError in a fork, which would hang.
+
+    OpenGL works on one context at a time, the current one. Were ours left current, other code that
+    does not choose its own would draw, or delete, in ours.
+    """
+    if DREW and os.getpid() not in DREW:
+        how = 'AsyncVectorEnv(..., context="spawn"), with a Scene made in each process'
+        raise ValueError(f"drawing hangs in a fork of a process that drew. Use spawn: {how}")
+    DREW.add(os.getpid())
+    if getattr(getattr(mujoco, "GLContext", None), "__module__", "") != "mujoco.egl":
+        yield  # with other libraries it is left as it is
+        return
+    from mujoco import egl
+
+    gl = egl.EGL
+    context, display = gl.eglGetCurrentContext(), gl.eglGetCurrentDisplay()
+    surface = gl.eglGetCurrentSurface(gl.EGL_DRAW)
+    try:
+        yield
+    finally:
+        if context:
+            gl.eglMakeCurrent(display, surface, surface, context)
+        elif egl.EGL_DISPLAY:
+            nothing = gl.EGL_NO_SURFACE, gl.EGL_NO_SURFACE, gl.EGL_NO_CONTEXT
+            gl.eglMakeCurrent(egl.EGL_DISPLAY, *nothing)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py
 
-    frames      drawn per second, by one process and by several
+    frames      drawn per second, by one process and by several, and what OpenGL draws with
     encoders    of four CLIPs in bf16: pictures per second, and how near that is to the chip's peak
     updates     of SAC per second: ours, eager, compiled and as CUDA graphs; those of others
     loop        steps per second of the whole training, with the embedded CLIP and with the largest,
@@ -59,6 +59,17 @@ def rate(function: Callable[[], int], seconds: float, device: str) -> float:
 
 # --------------------------------------------------------------------------------------------------
 # Frames
+
+
+def drawn_by() -> str:
+    """The renderer's name by OpenGL. llvmpipe is the CPU: then drawing does not use the GPU."""
+    from OpenGL import GL
+
+    scene = vlmrm.Scene(8)
+    vlmrm.render_states(scene, poses(1))
+    with vlmrm.opengl():
+        scene.renderer._gl_context.make_current()
+        return GL.glGetString(GL.GL_RENDERER).decode()
 
 
 def draw_for(size: int, seconds: float, barrier) -> float:
@@ -251,12 +262,13 @@ def main():
     gpu = torch.cuda.get_device_name(args.device) if args.device != "cpu" else "none"
     args.peak = next((peak for name, peak in PEAKS.items() if name in gpu), None)
     modules = torch, open_clip, gymnasium, mujoco
-    result = dict(gpu=gpu, peak_TFLOP_per_s=args.peak, cpus=multiprocessing.cpu_count())
+    result = dict(gpu=gpu, peak_TFLOP_per_s=args.peak, drawn_by=drawn_by())
+    result["cpus"] = multiprocessing.cpu_count()
     result["versions"] = dict(python=platform.python_version())
     result["versions"] |= {module.__name__: module.__version__ for module in modules}
     args.out.mkdir(parents=True, exist_ok=True)
     print(result, flush=True)
-    text = f"# On {gpu}\n"
+    text = f"# On {gpu}\n\nDrawn by {result['drawn_by']}.\n"
     for measure in measure_frames, measure_encoders, measure_updates, measure_loop:
         name, start = measure.__name__.removeprefix("measure_"), time.perf_counter()
         result[name] = measure(args)
