@@ -44,7 +44,8 @@ class Config:
 
     What else differs from the VLM-RM paper's SAC: standardised observations, layer norm in the
     critics, the averaged actor, checkpoints chosen by the reward of evaluations, not of training,
-    and rounds played by a policy that has not learned from the round before yet.
+    rounds played by a policy that has not learned from the round before yet, and a value beyond the
+    last step of an episode, which is cut off there and does not end (the authors' code ends it).
     """
 
     steps: int = setting(60_000, "environment steps in all [10 million]")
@@ -60,7 +61,7 @@ class Config:
     learning_rate: float = setting(6e-4, "of Adam at the start; falls towards 0 [constant]")
     init_temperature: float = setting(0.05, "weight of entropy at the start; it is learned [1]")
     hidden: int = setting(256, "width of the two hidden layers of each network")
-    eval_every: int = setting(4_800, "steps between evaluations, at least 1/32 of all steps")
+    eval_every: int = setting(4_800, "steps between evaluations; never less than steps / 32")
     eval_episodes: int = setting(16, "episodes in an evaluation")
     seed: int = setting(0, "of everything random", 0, 10**8)
 
@@ -227,7 +228,7 @@ class SAC(nn.Module):
     # terminated and log_prob (B,).
 
     def critic_loss(self, obs, action, reward, next_obs, terminated) -> Tensor:
-        """The soft Bellman equation: (Q(s, a) - y)^2, where y = r + gamma V(s')."""
+        """The soft Bellman equation: (Q(s, a) - y)^2, where y = r + gamma V(s'), or r at an end."""
         with torch.no_grad():
             next_action, next_log_prob = self.actor(next_obs)
             next_q = self.target(next_obs, next_action).min(0).values  # (B,) the lower of two
@@ -306,10 +307,10 @@ def rollout(
         success = np.array(info.get("success", [np.nan] * envs.num_envs), dtype=float)
         played.append((obs, action, reward, next_obs, terminated, success))
         if reward_fn is not None:
-            # after the action: the frame shows s'
+            # after the step: the frame shows s', and its reward is that of (s, a, s')
             frames.extend(np.copy(frame) for frame in envs.render())
         done = terminated | truncated
-        # Where an episode can end early, another begins. (After the last step, for nothing.)
+        # Where an episode ended early, another begins. (After the last step nobody plays it.)
         obs = np.copy(envs.reset(options={"reset_mask": done})[0]) if done.any() else next_obs
     transitions = Transitions(*(np.stack(values) for values in zip(*played)))
     if reward_fn is None:
@@ -380,9 +381,7 @@ class Player:
         self.envs, self.reward_fn, self.config = envs, reward_fn, config
         self.num_envs, self.jobs = envs.num_envs, []
         spaces = envs.single_observation_space, envs.single_action_space
-        self.agent = SAC(
-            *spaces, config
-        )  # it acts, by the weights that are given, and never learns
+        self.agent = SAC(*spaces, config)  # acts by the weights it is given, and never learns
 
     def begin(self, weights: dict, start: int):
         """weights: the state_dict of an agent. start: steps of the training before this round."""
@@ -426,9 +425,10 @@ class Player:
         return played, evaluation
 
     def is_evaluated(self, start: int, round_size: int) -> bool:
-        """Whether these weights are: the first that have learned, every so often, and the last.
+        """Whether the weights that play from step `start` on are evaluated.
 
-        Not those that play the last round: its row holds the evaluation of the last weights.
+        The first weights that have learned are, then those after every eval_every steps, and the
+        last ones. Not those of the last round: its row is for the last ones, which play no round.
         """
         since = start - self.config.learning_starts - round_size
         every = max(self.config.eval_every, self.config.steps // 32)
@@ -457,9 +457,9 @@ def train(agent: SAC, player: Player, progress: Progress | None = None) -> Itera
 
     In the dict: "steps"; "reward", the mean of a step; "success" (environments, round_steps), at
     each step; once it learns, "critic_loss", "actor_loss", "temperature" and "entropy" of the last
-    update; and where the weights that played the round were evaluated, or in the last dict those
-    that were learned last, "eval_reward", "eval_success" (episodes, round_steps), and if they are
-    the best so far, "best". Raises ValueError if learning diverges, and for NaN from environments.
+    update. Where the weights that played the round were evaluated: "eval_reward", "eval_success"
+    (episodes, round_steps), and "best" if they are the best so far. In the last dict these three
+    are of the last weights. Raises ValueError if learning diverges, and for NaN from environments.
     """
     config, round_size = agent.config, agent.config.round_steps * player.num_envs
     progress = progress or Progress(agent, round_size)
@@ -493,7 +493,8 @@ def train(agent: SAC, player: Player, progress: Progress | None = None) -> Itera
                 raise ValueError(f"learning diverged within {steps} steps. Lower the learning_rate")
             row |= losses
 
-        # Keep the best weights. The last ones play no round, but are evaluated too.
+        # Keep the best weights: those just evaluated, which played this round. At the end it is
+        # the last ones, which play no round.
         if steps >= config.steps:
             weights = progress.weights = copy.deepcopy(agent.state_dict())
             player.begin(weights, steps)

@@ -102,8 +102,8 @@ from pathlib import Path
 
 import numpy as np
 
-# OpenGL that draws on a CPU loads a library, LLVM. triton, which open_clip imports, has a version
-# of its own. It would crash in the other one, unless it is told to keep to its own.
+# OpenGL that draws on a CPU loads a library, LLVM. triton, which open_clip imports, brings another
+# version of it, and crashes if it meets OpenGL's, unless it is told to keep to its own.
 if sys.platform == "linux" and "libLLVM" in Path("/proc/self/maps").read_text():
     flags = sys.getdlopenflags()
     sys.setdlopenflags(flags | os.RTLD_DEEPBIND)
@@ -348,7 +348,7 @@ class Scene:
     size: (height, width) of the frames in pixels, or one number for both. look: "realistic", or
     "original" for Gymnasium's own colours. camera: by default where the paper has it. effects:
     shadows, reflections, smooth edges, for people; CLIP tells a pose without them, and frames are
-    drawn many times as fast. How the robot moves is the same in all.
+    drawn many times as fast (shown for the embedded CLIP alone). How the robot moves is the same.
     """
 
     def __init__(

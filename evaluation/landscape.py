@@ -82,12 +82,14 @@ def main():
     add = parser.add_argument
     add("--model", nargs="+", required=True, help="as in vlmrm.py evaluate")
     add("--alpha", nargs="+", type=float, default=[0, 0.5, 1], help="a curve for each")
+    add("--angle", type=float, default=0.25, help="largest of the pole, rad; beyond 0.21 it fell")
     add("--points", type=int, default=61, help="of a curve")
     add("--precision", default="fp32", help="of CLIP's weights")
     add("--device", default=vlmrm.default_device(), help="cpu, cuda, ...")
     add("--out", type=Path, default=Path("runs"), help="folder of table and figure")
     args = parser.parse_args()
-    angles, places = np.linspace(-np.pi, np.pi, args.points), np.linspace(-1.2, 0.6, args.points)
+    angles = np.linspace(-args.angle, args.angle, args.points)
+    places = np.linspace(-1.2, 0.6, args.points)
     panels = {  # prompts, what is varied, where the goal is, frames
         "CartPole, angle of the pole": (CARTPOLE, angles, 0, cartpole_frames(angles)),
         "MountainCar, place of the car": (CAR, places, 0.5, car_frames(places, False)),

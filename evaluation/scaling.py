@@ -85,7 +85,7 @@ def main():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--frames", type=int, default=16_000, help="of all bodies together")
-    parser.add_argument("--steps", type=int, default=1200, help="of each training")
+    parser.add_argument("--steps", type=int, default=600, help="of each training")
     parser.add_argument("--seeds", type=int, default=2, help="trainings of each kind")
     parser.add_argument("--out", type=Path, default=ASSETS, help="folder of table and figure")
     args, rows = parser.parse_args(), []

@@ -142,8 +142,8 @@ def main(argv: list[str] | None = None):
         if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
             raise
         why = textwrap.shorten(str(error), 160, placeholder="...")
-        advice = "use a smaller model, --precision fp16, or smaller --hidden, --batch-size, "
-        sys.exit(f"error: not enough memory ({why}): {advice}--buffer-size, --envs")
+        advice = "use a smaller model, --precision fp16, or smaller --buffer-size, --envs, --hidden"
+        sys.exit(f"error: not enough memory ({why}): {advice}")
     except KeyboardInterrupt:
         sys.exit(interrupted(args))
 
