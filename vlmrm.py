@@ -11,7 +11,8 @@ two match is the reward. This file is the method:
     5. EPIC           equation (4): is a reward worth training on?
     6. training       all of it together; how SAC learns is in sac.py, the file to read next
     7. elsewhere      the same reward for any Gymnasium environment
-    8. drawing        what OpenGL asks for; to be skipped
+    8. more tasks     sentences and judges beyond the paper's
+    9. drawing        what OpenGL asks for; to be skipped
 
     python vlmrm.py                              # learns to kneel
     python vlmrm.py "a humanoid robot bowing"    # or whatever the sentence says
@@ -386,7 +387,7 @@ class Scene:
         mujoco.mj_kinematics(self.model, data)  # where the bodies are, from the joints' angles
         mujoco.mj_camlight(self.model, data)  # and the light
         self.camera.lookat[:2] = data.qpos[:2]
-        with opengl():  # section 8
+        with opengl():  # section 9
             self.renderer = self.renderer or open_renderer(self)
             self.renderer.update_scene(data, self.camera)
             return self.renderer.render()
@@ -566,46 +567,9 @@ def one_leg(p: Pose) -> dict:
     }
 
 
-def squatting(p: Pose) -> dict:
-    """On both feet with the knees well bent, upright, neither on the knees nor seated."""
-    thigh, shin = p.hips - p.knees, p.feet - p.knees
-    lengths = np.linalg.norm(thigh, axis=-1) * np.linalg.norm(shin, axis=-1)
-    return {
-        "upright": p.up[..., Z] > 0.72,
-        "both feet down": (p.feet[..., Z] < 0.13).all(-1),
-        "knees bent": ((thigh * shin).sum(-1) > -0.34 * lengths).all(-1),  # by 70 degrees or more
-        "knees up": (p.knees[..., Z] > 0.2).all(-1),
-        "low, not seated": (p.pelvis[..., Z] > 0.27) & (p.pelvis[..., Z] < 0.65),
-    }
-
-
-def sitting(p: Pose) -> dict:
-    """Upright on the floor, both legs straight along it, each less than 30 degrees from forward."""
-    leg, parts = p.feet - p.hips, splits(p)
-    parts.pop("legs to the sides")
-    return parts | {"legs forward": (leg[..., X] > 1.73 * np.abs(leg[..., Y])).all(-1)}
-
-
 def raised(p: Pose) -> dict:
     """Both hands above the top of the head."""
     return {"hands above the head": (p.hands[..., Z] > p.head[..., Z, None] + 0.09).all(-1)}
-
-
-def one_raised(p: Pose) -> dict:
-    """One hand above the top of the head, the other below its shoulder."""
-    above = p.hands[..., Z] > p.head[..., Z, None] + 0.09
-    below = p.hands[..., Z] < p.shoulders[..., Z]
-    return {"a hand above the head": above.any(-1), "the other down": below.any(-1)}
-
-
-def arms_out(p: Pose) -> dict:
-    """Each hand at least 40 cm outwards of its shoulder, and within 25 cm of its height.
-
-    Outwards of the torso, as in `crossed`. A straight arm reaches 62 cm.
-    """
-    hand, leftward = p.hands - p.shoulders, np.cross(p.up, p.facing)[..., None, :]
-    outwards = (hand * leftward).sum(-1) * SIDES > 0.4
-    return {"hands out to the sides": (outwards & (np.abs(hand[..., Z]) < 0.25)).all(-1)}
 
 
 def on_hips(p: Pose) -> dict:
@@ -654,47 +618,6 @@ TASKS: dict[str, tuple[str, Condition]] = {  # name: (goal prompt, success condi
         both(standing, crossed),
     ),
 }
-# Not the paper's: two poses at once. The embedded CLIP was trained on pictures of each, never both.
-COMPOSITIONS: dict[str, tuple[str, Condition]] = {
-    "kneeling-arms-raised": (
-        "a humanoid robot kneeling, with both arms raised",
-        both(kneeling, raised),
-    ),
-    "kneeling-hands-on-hips": (
-        "a humanoid robot kneeling with hands on hips",
-        both(kneeling, on_hips),
-    ),
-    "lotus-arms-raised": (
-        "a humanoid robot in the lotus position, with both arms raised",
-        both(lotus, raised),
-    ),
-    "splits-arms-raised": (
-        "a humanoid robot doing the side splits, with both arms raised",
-        both(splits, raised),
-    ),
-    "splits-arms-crossed": (
-        "a humanoid robot doing the side splits, with its arms crossed",
-        both(splits, crossed),
-    ),
-    "squatting-arms-crossed": (
-        "a humanoid robot squatting, with its arms crossed",
-        both(squatting, crossed),
-    ),
-}
-# Not the paper's either. Of each of these, the embedded CLIP has seen pictures.
-OTHERS: dict[str, tuple[str, Condition]] = {
-    "kneeling-one-arm-raised": (
-        "a humanoid robot kneeling, with one arm raised",
-        both(kneeling, one_raised),
-    ),
-    "arms-out": (
-        "a humanoid robot standing up, with its arms out to the sides",
-        both(standing, arms_out),
-    ),
-    "sitting": ("a humanoid robot sitting with straight legs", sitting),
-    "squatting": ("a humanoid robot squatting", squatting),
-}
-JUDGED = TASKS | COMPOSITIONS | OTHERS
 
 
 def success_rates(success: np.ndarray) -> tuple[float, float]:
@@ -870,7 +793,7 @@ def train(
     task's. To keep the policy, call `prepare` and sac.train as is done here.
     """
     reward_fn = VLMReward(clip or CLIP(), goal_prompt, baseline_prompt, alpha)
-    judges = {prompt: condition for prompt, condition in JUDGED.values()}
+    judges = {prompt: condition for prompt, condition in JUDGED.values()}  # section 8 has them all
     condition = judges.get(goal_prompt)  # None for a sentence that is no task's
     agent, player = prepare(reward_fn, sac.Config(**settings), condition)
     for row in sac.train(agent, player):
@@ -956,7 +879,91 @@ def draw(env: gymnasium.Env) -> np.ndarray:
 
 
 # --------------------------------------------------------------------------------------------------
-# 8. Drawing fast, and beside other code that draws. This is about OpenGL, not about the method.
+# 8. More sentences that have a judge. They are not the paper's.
+
+
+def squatting(p: Pose) -> dict:
+    """On both feet with the knees well bent, upright, neither on the knees nor seated."""
+    thigh, shin = p.hips - p.knees, p.feet - p.knees
+    lengths = np.linalg.norm(thigh, axis=-1) * np.linalg.norm(shin, axis=-1)
+    return {
+        "upright": p.up[..., Z] > 0.72,
+        "both feet down": (p.feet[..., Z] < 0.13).all(-1),
+        "knees bent": ((thigh * shin).sum(-1) > -0.34 * lengths).all(-1),  # by 70 degrees or more
+        "knees up": (p.knees[..., Z] > 0.2).all(-1),
+        "low, not seated": (p.pelvis[..., Z] > 0.27) & (p.pelvis[..., Z] < 0.65),
+    }
+
+
+def sitting(p: Pose) -> dict:
+    """Upright on the floor, both legs straight along it, each less than 30 degrees from forward."""
+    leg, parts = p.feet - p.hips, splits(p)
+    parts.pop("legs to the sides")
+    return parts | {"legs forward": (leg[..., X] > 1.73 * np.abs(leg[..., Y])).all(-1)}
+
+
+def one_raised(p: Pose) -> dict:
+    """One hand above the top of the head, the other below its shoulder."""
+    above = p.hands[..., Z] > p.head[..., Z, None] + 0.09
+    below = p.hands[..., Z] < p.shoulders[..., Z]
+    return {"a hand above the head": above.any(-1), "the other down": below.any(-1)}
+
+
+def arms_out(p: Pose) -> dict:
+    """Each hand at least 40 cm outwards of its shoulder, and within 25 cm of its height.
+
+    Outwards of the torso, as in `crossed`. A straight arm reaches 62 cm.
+    """
+    hand, leftward = p.hands - p.shoulders, np.cross(p.up, p.facing)[..., None, :]
+    outwards = (hand * leftward).sum(-1) * SIDES > 0.4
+    return {"hands out to the sides": (outwards & (np.abs(hand[..., Z]) < 0.25)).all(-1)}
+
+
+# Not the paper's: two poses at once. The embedded CLIP was trained on pictures of each, never both.
+COMPOSITIONS: dict[str, tuple[str, Condition]] = {
+    "kneeling-arms-raised": (
+        "a humanoid robot kneeling, with both arms raised",
+        both(kneeling, raised),
+    ),
+    "kneeling-hands-on-hips": (
+        "a humanoid robot kneeling with hands on hips",
+        both(kneeling, on_hips),
+    ),
+    "lotus-arms-raised": (
+        "a humanoid robot in the lotus position, with both arms raised",
+        both(lotus, raised),
+    ),
+    "splits-arms-raised": (
+        "a humanoid robot doing the side splits, with both arms raised",
+        both(splits, raised),
+    ),
+    "splits-arms-crossed": (
+        "a humanoid robot doing the side splits, with its arms crossed",
+        both(splits, crossed),
+    ),
+    "squatting-arms-crossed": (
+        "a humanoid robot squatting, with its arms crossed",
+        both(squatting, crossed),
+    ),
+}
+# Not the paper's either. Of each of these, the embedded CLIP has seen pictures.
+OTHERS: dict[str, tuple[str, Condition]] = {
+    "kneeling-one-arm-raised": (
+        "a humanoid robot kneeling, with one arm raised",
+        both(kneeling, one_raised),
+    ),
+    "arms-out": (
+        "a humanoid robot standing up, with its arms out to the sides",
+        both(standing, arms_out),
+    ),
+    "sitting": ("a humanoid robot sitting with straight legs", sitting),
+    "squatting": ("a humanoid robot squatting", squatting),
+}
+JUDGED = TASKS | COMPOSITIONS | OTHERS
+
+
+# --------------------------------------------------------------------------------------------------
+# 9. Drawing fast, and beside other code that draws. This is about OpenGL, not about the method.
 
 
 def simplify(spec: mujoco.MjSpec):

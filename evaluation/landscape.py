@@ -96,6 +96,7 @@ def main():
         "the same in colours": (CAR, places, 0.5, car_frames(places, True)),
     }
     count = len(args.model)
+    args.out.mkdir(parents=True, exist_ok=True)
     figure, table = Figure(figsize=(12, 4.5 * count), layout="constrained"), []
     rows = figure.subplots(2 * count, 3, height_ratios=[4, 1] * count)
     for model, axes, strips in zip(args.model, rows[::2], rows[1::2]):
@@ -116,9 +117,8 @@ def main():
             strip.axis("off")
         axes[0].legend(fontsize="small")
         del clip  # before the next one is loaded
-    args.out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.out / "landscape.png", dpi=100)
-    write_csv(args.out / "landscape.csv", table[0], table)
+        figure.savefig(args.out / "landscape.png", dpi=100)  # what is done is kept
+        write_csv(args.out / "landscape.csv", table[0], table)
     print(f"See {args.out}/landscape.png")
 
 
