@@ -10,8 +10,9 @@
 
 Each model is trained anew, with two seeds (gradings: with one), on frames of 64 x 64 pixels to save
 time, and judged on the fixed states of evaluation/ with alpha 0.5: the mean of the eight tasks' AUC
-against near misses, and of their EPIC distances. Leaves scaling.csv and scaling.png in
-assets/evaluate; each row is written when its model is done, and not made again.
+against near misses, and of their EPIC distances. Beside them is the embedded CLIP, which learned
+much longer. Leaves scaling.csv and scaling.png in assets/evaluate; each row is written when its
+model is done, and not made again.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from tinyclip import grading, make
 ASSETS = Path(__file__).parent.parent / "assets/evaluate"
 BODIES, WIDTHS, USUAL = (1, 4, 16, 64, 256, 500), (4, 8, 12, 16), 8
 SIZE = 64  # pixels
+POINTS = dict(textcoords="offset points", fontsize=9, color="0.4")
 GRADINGS = {  # the shares of nearness and of the product in tinyclip/grading.py
     "as it is": (grading.NEARNESS, grading.PRODUCT),
     "yes or no": (0, 1),
@@ -55,7 +57,7 @@ def judged(clip: vlmrm.CLIP) -> dict:
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 
-def plot(rows: list[dict], file: Path):
+def plot(rows: list[dict], embedded: dict, file: Path):
     figure = Figure(figsize=(10, 6), layout="constrained")
     figure.suptitle("Judging a robot that was in no picture: the mean of eight tasks, each seed")
     names = dict(bodies="bodies in training", parameters="parameters of the image tower")
@@ -69,7 +71,12 @@ def plot(rows: list[dict], file: Path):
             values = sorted({r[x] for r in some})
             means = [np.mean([r[measure] for r in some if r[x] == value]) for value in values]
             axis.plot(values, means)
+            axis.axhline(embedded[measure], color="0.5", linestyle=":")
+            above = 4 if measure == "epic" else -12  # points
+            axis.annotate("the embedded CLIP", (values[0], embedded[measure]), (0, above), **POINTS)
             axis.set(xscale="log", xlabel=name if measure == "epic" else "", ylabel=title)
+            axis.set_xticks(values, [f"{value:,}" for value in values])
+            axis.minorticks_off()
             axis.label_outer()
     figure.savefig(file, dpi=100)
 
@@ -123,7 +130,7 @@ def main():
                 write_csv(table, rows[0], rows)
                 print(f"{row} {time.time() - start:.0f} s", flush=True)
     grading.NEARNESS, grading.PRODUCT = GRADINGS["as it is"]
-    plot(rows, args.out / "scaling.png")
+    plot(rows, judged(vlmrm.CLIP()), args.out / "scaling.png")
 
 
 if __name__ == "__main__":
