@@ -44,8 +44,8 @@ class Config:
 
     What else differs from the VLM-RM paper's SAC: standardised observations, layer norm in the
     critics, the averaged actor, checkpoints chosen by the reward of evaluations, not of training,
-    rounds played by a policy that has not learned from the round before yet, and a value beyond the
-    last step of an episode, which is cut off there and does not end (the authors' code ends it).
+    rounds played by a policy that has not learned from the round before yet, and episodes that are
+    cut off, so that what would follow still counts (in the authors' code they end).
     """
 
     steps: int = setting(60_000, "environment steps in all [10 million]")
@@ -493,8 +493,8 @@ def train(agent: SAC, player: Player, progress: Progress | None = None) -> Itera
                 raise ValueError(f"learning diverged within {steps} steps. Lower the learning_rate")
             row |= losses
 
-        # Keep the best weights: those just evaluated, which played this round. At the end it is
-        # the last ones, which play no round.
+        # Keep the best weights of those evaluated, which played this round. After the last round
+        # the last weights are evaluated too, and kept if they are best.
         if steps >= config.steps:
             weights = progress.weights = copy.deepcopy(agent.state_dict())
             player.begin(weights, steps)

@@ -348,8 +348,8 @@ class Scene:
 
     size: (height, width) of the frames in pixels, or one number for both. look: "realistic", or
     "original" for Gymnasium's own colours. camera: by default where the paper has it. effects:
-    shadows, reflections, smooth edges, for people; CLIP tells a pose without them, and frames are
-    drawn many times as fast (shown for the embedded CLIP alone). How the robot moves is the same.
+    shadows, reflections, smooth edges, for people. CLIP tells a pose without them (shown for the
+    embedded one alone), and drawing is many times as fast. How the robot moves is the same in all.
     """
 
     def __init__(
@@ -408,6 +408,14 @@ def paint(spec: mujoco.MjSpec):
     spec.geom("floor").rgba, spec.material("MatPlane").reflectance = (1, 1, 1, 1), 0.1
     light = spec.lights[0]
     light.dir, light.diffuse, light.ambient = (-0.5, 0.3, -1), (0.7,) * 3, (0.25,) * 3
+
+
+def simplify(spec: mujoco.MjSpec):
+    """Leaves out what costs time: several samples a pixel, fine facets, a floor of many tiles."""
+    quality, floor, tiles = spec.visual.quality, spec.geom("floor"), spec.material("MatPlane")
+    quality.offsamples, quality.numslices, quality.numstacks = 0, 8, 6
+    floor.size = (5, 5, 0.125)  # as drawn; as an obstacle, a plane has no end
+    tiles.texrepeat = [repeat / 4 for repeat in tiles.texrepeat]  # a quarter as wide as before
 
 
 def each_state(model: mujoco.MjModel, states: np.ndarray) -> Iterator[mujoco.MjData]:
@@ -963,15 +971,7 @@ JUDGED = TASKS | COMPOSITIONS | OTHERS
 
 
 # --------------------------------------------------------------------------------------------------
-# 9. Drawing fast, and beside other code that draws. This is about OpenGL, not about the method.
-
-
-def simplify(spec: mujoco.MjSpec):
-    """Leaves out what costs time: several samples a pixel, fine facets, a floor of many tiles."""
-    quality, floor, tiles = spec.visual.quality, spec.geom("floor"), spec.material("MatPlane")
-    quality.offsamples, quality.numslices, quality.numstacks = 0, 8, 6
-    floor.size = (5, 5, 0.125)  # as drawn; as an obstacle, a plane has no end
-    tiles.texrepeat = [repeat / 4 for repeat in tiles.texrepeat]  # a quarter as wide as before
+# 9. Drawing beside other code that draws. This is about OpenGL, not about the method.
 
 
 def open_renderer(scene: Scene) -> mujoco.Renderer:

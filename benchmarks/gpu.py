@@ -200,7 +200,7 @@ def measure_updates(args) -> list[dict]:
 
 def measure_loop(args) -> list[dict]:
     rows = []
-    # a large CLIP is slow: a quarter of the steps says as much, a second
+    # a large CLIP is slow: rounds of a quarter of the steps give about the same rate
     lengths = {"tinyclip": args.round_steps, args.models[-1]: max(1, args.round_steps // 4)}
     for name, length in lengths.items():
         clip = vlmrm.CLIP(name, args.device) if name == "tinyclip" else None
@@ -227,6 +227,7 @@ def measure_loop(args) -> list[dict]:
                 player.close()
                 whose = "the paper's" if "batch_size" in settings else "ours"
                 row = dict(clip=name, settings=whose, environments=count, workers=workers)
+                row["round_steps"] = length
                 row |= {"steps_per_s": speed, "hours for 10 million steps": 1e7 / speed / 3600}
                 rows.append(row)
                 print(rows[-1], flush=True)

@@ -130,7 +130,7 @@ def main():
                 write_csv(table, rows[0], rows)
                 print(f"{row} {time.time() - start:.0f} s", flush=True)
     grading.NEARNESS, grading.PRODUCT = GRADINGS["as it is"]
-    plot(rows, judged(vlmrm.CLIP()), args.out / "scaling.png")
+    plot(rows, judged(vlmrm.CLIP(device="cpu")), args.out / "scaling.png")
 
 
 if __name__ == "__main__":
