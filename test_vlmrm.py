@@ -2183,12 +2183,16 @@ def test_ceiling_trains_on_a_reward_that_knows_the_pose(scripts, tmp_path):
 
 def test_results_of_a_run_enter_the_table_and_the_pictures(scripts, run, tmp_path, capsys):
     scripts("benchmarks/results.py", str(run), "--gallery", "--alphas", "--parts")
-    printed, name = capsys.readouterr().out, "kneeling-steps6400-seed0"
+    printed = capsys.readouterr().out
     assert "| 6,400 |" in printed and f"{run.name}" in printed
-    assert (tmp_path / f"assets/runs/{name}.csv").read_bytes() == (run / "metrics.csv").read_bytes()
+    (metrics,) = (tmp_path / "assets/runs").glob("kneeling-*-steps6400-seed0.csv")
+    assert metrics.read_bytes() == (run / "metrics.csv").read_bytes()
     with open(tmp_path / "assets/runs/results.csv") as file:
         rows = [row for row in csv.DictReader(file) if float(row["steps"]) == 6400]
     (row,) = rows
+    config = read_json(run / "config.json")  # its settings are what train takes
+    args = support.command_line.parser().parse_args(["train", *shlex.split(row["settings"])])
+    assert all(str(config[key]) == str(getattr(args, key)) for key in ("envs", "batch_size"))
     close(float(row["reward"]), read_json(run / "result.json")["reward"], 1e-6)
     for picture in "gallery.gif", "alpha.png":
         assert np.asarray(Image.open(tmp_path / "assets" / picture).convert("L")).std() > 10

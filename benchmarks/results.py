@@ -2,7 +2,7 @@
 
 Adds to assets/ what a reader needs to check them: runs/NAME.csv (the metrics of a run) and a row in
 runs/results.csv, which replaces that of the same task, settings and seed. Prints the table of all
-rows. It trains nothing.
+rows. It trains nothing. In a row, "settings" are the flags of `train` that are not left out.
 
 --policies also keeps in policies/, for `vlmrm.py play TASK`, the policy of each task's best seed:
 of those given, with the usual settings, the one with the highest CLIP reward, as in the paper;
@@ -14,8 +14,11 @@ more, and prints how often each holds the legs and arms of which task.
 import argparse
 import csv
 import json
+import re
+import shlex
 import shutil
 import sys
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,6 +28,7 @@ import sac
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from support import command_line
 from support.pictures import panels
 from support.runs import load_policy, read_metrics, save_small_policy, short, write_csv
 
@@ -32,28 +36,37 @@ ASSETS = Path(__file__).parent.parent / "assets"
 RUNS = ASSETS / "runs"
 # Table 1: ViT-bigG-14, 10 million steps
 PAPER = dict(zip(vlmrm.TASKS, (1, 1, 1, 1, 1, 0.64, 0, 0)))
-# what is averaged over seeds has these in common
-SETTINGS = ("model", "look", "alpha", "pink", "gamma", "azimuth", "steps")
-COLUMNS = "task model look alpha pink gamma azimuth seed steps".split()
+COLUMNS = "task settings model alpha seed steps".split()
 COLUMNS += "episodes success success_held reward reward_at_the_end reward_of_goal_poses".split()
 COLUMNS += "success_zero success_random success_untrained seconds".split()
-
+# columns of their own, or no matter for what a training learns
+NO_SETTINGS = "task seed steps episodes out overwrite resume device workers command".split()
 
 PARTS = vlmrm.kneeling, vlmrm.lotus, vlmrm.standing, vlmrm.splits
 PARTS += vlmrm.raised, vlmrm.on_hips, vlmrm.crossed
 
 
+def unusual(config: dict) -> str:
+    """The flags with which `train` was called, but for NO_SETTINGS. config: a run's config.json."""
+    usual = vars(command_line.parser().parse_args(["train"]))
+    usual |= dict(prompt=[vlmrm.JUDGED[config["task"]][0]], baseline=[vlmrm.BASELINE_PROMPT])
+    words = []
+    for key in (key for key in usual if key not in NO_SETTINGS):
+        value = config.get(key, usual[key])  # older runs lack some
+        if value != usual[key]:
+            flag = [] if key == "prompt" else [f"--{key.replace('_', '-')}"]
+            for part in value if isinstance(value, list) else [value]:
+                words += [*flag, part if isinstance(part, str) else f"{part:.10g}"]
+    return shlex.join(words)
+
+
 def name_of(row: dict) -> str:
-    words = [short(word).replace(" ", "") for word in (row["task"], *unusual(row))]
-    return "-".join([*words, f"steps{row['steps']:.0f}", f"seed{row['seed']:g}"])
-
-
-def unusual(row: dict) -> list[str]:
-    """Which of the settings are not the usual ones."""
-    usual = dict(model=vlmrm.EMBEDDED_CLIP, look="realistic")
-    words = [row[key] for key in usual if row[key] != usual[key]]
-    usual = dict(alpha=0.5, pink=0, gamma=0.95, azimuth=180)
-    return words + [f"{key} {row[key]:g}" for key in usual if row[key] != usual[key]]
+    settings = row.get("settings", "")
+    words = [short(word.removeprefix("--")) for word in shlex.split(settings)]
+    if len(settings) > 100:  # too much for a file's name
+        words = [f"{zlib.crc32(settings.encode()):08x}"]
+    words = [row["task"], *words, f"steps{row['steps']:.0f}", f"seed{row['seed']:g}"]
+    return "-".join(words).replace(" ", "-")
 
 
 def read(path: Path) -> list[dict]:
@@ -61,7 +74,7 @@ def read(path: Path) -> list[dict]:
     if not path.exists():
         return []
     with open(path, newline="") as file:
-        words = "task", "model", "look"
+        words = "task", "settings", "model"
         return [
             {k: v if k in words else float(v) for k, v in row.items() if v}
             for row in csv.DictReader(file)
@@ -83,21 +96,21 @@ def print_table(rows: list[dict]):
     print(f"| {columns} |\n" + "|---" * 10 + "|")
     groups = {}
     for row in (row for row in rows if row["task"] in vlmrm.JUDGED):
-        groups.setdefault((row["task"], *(row[key] for key in SETTINGS)), []).append(row)
+        groups.setdefault((row["task"], row.get("settings", ""), row["steps"]), []).append(row)
     order = list(vlmrm.JUDGED)
     for key in sorted(groups, key=lambda key: (order.index(key[0]), key)):
         some = groups[key]
-        best, task = max(some, key=lambda row: row["reward"]), key[0]
+        best, task = max(some, key=lambda row: row["reward"]), " ".join(key[:2]).strip()
         rates = ("success", "success_held", "success_zero")
         success, held, zero = (spread(row[rate] for row in some) for rate in rates)
         rewards = [
             f"{np.mean([row[name] for row in some]):.3f}"
             for name in ("reward_at_the_end", "reward_of_goal_poses")
         ]
-        cells = [", ".join([task, *unusual(best)]), vlmrm.JUDGED[task][0], len(some)]
+        cells = [task, vlmrm.JUDGED[key[0]][0], len(some)]
         cells += [f"{best['steps']:,.0f}", success, held]
         cells += [f"{best['success']:.0%} / {best['success_held']:.0%}", "; ".join(rewards), zero]
-        paper = f"{PAPER[task]:.0%}" if task in PAPER else ""
+        paper = f"{PAPER[key[0]]:.0%}" if key[0] in PAPER else ""
         print("|", " | ".join(map(str, [*cells, paper])), "|")
 
 
@@ -192,11 +205,9 @@ def main():
     for folder in args.runs:
         result = json.loads((folder / "result.json").read_text())
         results.append(result | dict(folder=folder))
-    for result in results:
-        config = json.loads((result["folder"] / "config.json").read_text())
-        result |= {key: config[key] for key in ("look", "pink", "gamma", "azimuth")}
     results = [result for result in results if result["task"]]  # others have no success to report
     for result in results:
+        result["settings"] = unusual(json.loads((result["folder"] / "config.json").read_text()))
         for name, rates in result["references"].items():
             result[f"success_{name.split()[0]}"] = rates["success"]
     RUNS.mkdir(parents=True, exist_ok=True)
@@ -207,12 +218,12 @@ def main():
         rows[name_of(row)] = rows.get(name_of(row), {}) | known
     for result in results:
         shutil.copy(result["folder"] / "metrics.csv", RUNS / f"{name_of(result)}.csv")
-    order = "task", *SETTINGS, "seed"
-    rows = sorted(rows.values(), key=lambda row: [row[key] for key in order])
+    order = ("task", ""), ("settings", ""), ("steps", 0), ("seed", 0)
+    rows = sorted(rows.values(), key=lambda row: [row.get(*key) for key in order])
     write_csv(RUNS / "results.csv", COLUMNS, rows)
     print_table(rows)
     if args.policies:
-        usual = [row for row in results if name_of(row).startswith(f"{row['task']}-steps")]
+        usual = [result for result in results if not result["settings"]]
         for result in sorted(usual, key=lambda result: result["reward"]):  # the best one last
             config = json.loads((result["folder"] / "config.json").read_text())
             weights = torch.load(result["folder"] / "policy.pt", "cpu", weights_only=True)
@@ -224,9 +235,9 @@ def main():
     if args.gallery:
         draw_gallery(results, ASSETS / "gallery.gif")
     if args.alphas:
-        usual = dict(task="kneeling", model=vlmrm.EMBEDDED_CLIP, pink=0, gamma=0.95)
-        usual |= dict(azimuth=180, steps=60_800)
-        plain = [row for row in rows if usual.items() <= row.items()]
+        kneeling = [row for row in rows if (row["task"], row["steps"]) == ("kneeling", 60_800)]
+        others = "--(?!alpha )"  # flags that are not --alpha
+        plain = [row for row in kneeling if not re.search(others, row.get("settings", ""))]
         draw_alphas(plain, ASSETS / "alpha.png")
 
     for run in args.runs if args.parts else ():
