@@ -2,6 +2,7 @@
 
 import contextlib
 import multiprocessing
+import os
 import pickle
 import signal
 import threading
@@ -158,6 +159,7 @@ class Keeper:
 def work(pipe: Connection, settings: bytes):
     """In another process, until this one is gone."""
     torch.set_num_threads(1)
+    os.environ.setdefault("LP_NUM_THREADS", "0")  # of Mesa, if it draws in software
     make_envs, count, reward_fn, keeps, config = pickle.loads(settings)
     keeper = Keeper() if keeps else None
     player = sac.Player(make_envs(count=count), keeper or reward_fn, config)
