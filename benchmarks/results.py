@@ -1,20 +1,20 @@
 """The tables of results, from finished runs: python benchmarks/results.py RUN ...
 
 Adds to assets/ what a reader needs to check them: runs/NAME.csv (the metrics of a run) and a row in
-runs/results.csv, which replaces that of the same task, settings and seed. Prints the table of all
-rows. It trains nothing. In a row, "settings" are the flags of `train` that are not left out.
+runs/results.csv, which replaces that of the same task, settings, steps and seed. Prints the table
+of all rows. It trains nothing. In a row, "settings" are the flags by which the run differs from
+today's defaults. So a change of a default asks for new words in the older rows.
 
 --policies also keeps in policies/, for `vlmrm.py play TASK`, the policy of each task's best seed:
 of those given, with the usual settings, the one with the highest CLIP reward, as in the paper;
-success has no say. --gallery draws assets/gallery.gif, of the same. --alphas draws assets/alpha.png
-(kneeling by alpha, from the rows and their metrics). --parts lets the policies of the runs act once
-more, and prints how often each holds the legs and arms of which task.
+success has no say. --gallery draws assets/gallery.gif, of the best run of each task. --alphas draws
+assets/alpha.png (kneeling by alpha, from the rows and their metrics). --parts lets the policies of
+the runs act once more, and prints how often each holds the legs and arms of which task.
 """
 
 import argparse
 import csv
 import json
-import re
 import shlex
 import shutil
 import sys
@@ -39,7 +39,7 @@ PAPER = dict(zip(vlmrm.TASKS, (1, 1, 1, 1, 1, 0.64, 0, 0)))
 COLUMNS = "task settings model alpha seed steps".split()
 COLUMNS += "episodes success success_held reward reward_at_the_end reward_of_goal_poses".split()
 COLUMNS += "success_zero success_random success_untrained seconds".split()
-# columns of their own, or no matter for what a training learns
+# columns of their own, or of the machine
 NO_SETTINGS = "task seed steps episodes out overwrite resume device workers command".split()
 
 PARTS = vlmrm.kneeling, vlmrm.lotus, vlmrm.standing, vlmrm.splits
@@ -74,6 +74,9 @@ def read(path: Path) -> list[dict]:
     if not path.exists():
         return []
     with open(path, newline="") as file:
+        if "look" in file.readline():
+            raise SystemExit(f"{path} is older than 0.6.2: remove it, and add its runs anew")
+        file.seek(0)
         words = "task", "settings", "model"
         return [
             {k: v if k in words else float(v) for k, v in row.items() if v}
@@ -236,8 +239,8 @@ def main():
         draw_gallery(results, ASSETS / "gallery.gif")
     if args.alphas:
         kneeling = [row for row in rows if (row["task"], row["steps"]) == ("kneeling", 60_800)]
-        others = "--(?!alpha )"  # flags that are not --alpha
-        plain = [row for row in kneeling if not re.search(others, row.get("settings", ""))]
+        usual = "", *(f"--alpha {row['alpha']:g}" for row in kneeling)
+        plain = [row for row in kneeling if row.get("settings", "") in usual]
         draw_alphas(plain, ASSETS / "alpha.png")
 
     for run in args.runs if args.parts else ():

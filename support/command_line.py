@@ -70,8 +70,8 @@ def add_train(command):
         add(group, flag, field.metadata["help"], type=kind, default=field.default)
     group = command.add_argument_group("the output")
     add(group, "--episodes", "episodes of the final judgement", type=int, default=100)
-    meaning = "folder; left out: runs/TASK-seedN, and in its name any unusual model, alpha, pink, "
-    add(group, "--out", meaning + "gamma, azimuth", type=path)
+    meaning = "folder; left out: runs/TASK-seedN, and in its name any unusual model, look, alpha, "
+    add(group, "--out", meaning + "pink, gamma, azimuth", type=path)
     add(group, "--overwrite", "replace a run that is already there", action="store_true")
     meaning = "go on with the interrupted run in this folder, with the settings it was begun with"
     add(group, "--resume", meaning, type=path, metavar="RUN")
