@@ -47,7 +47,10 @@ PARTS += vlmrm.raised, vlmrm.on_hips, vlmrm.crossed
 
 
 def unusual(config: dict) -> str:
-    """The flags with which `train` was called, but for NO_SETTINGS. config: a run's config.json."""
+    """The flags of `train` that differ from its defaults, but for NO_SETTINGS.
+
+    config: a run's config.json.
+    """
     usual = vars(command_line.parser().parse_args(["train"]))
     usual |= dict(prompt=[vlmrm.JUDGED[config["task"]][0]], baseline=[vlmrm.BASELINE_PROMPT])
     words = []
