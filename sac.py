@@ -1,20 +1,32 @@
 """Soft Actor-Critic, and Algorithm 1 of the VLM-RM paper: learning from a function of frames.
 
+The words of reinforcement learning: at each step a policy sees an observation s of its environment
+and takes an action a. It gets a reward r and the next observation s'. That is a transition, and a
+run of such steps an episode. Wanted is a policy whose sum of rewards is high on average, where
+each reward counts gamma times as much as the one a step earlier: the discounted sum.
+
 Algorithm 1 is made for rewards that are slow one at a time and fast in batches, like those of a
-vision model. In a round, many environments act for the length of an episode, and keep their frames.
-One call of `reward_fn(frames) -> rewards` labels them all. The labelled transitions go to a replay
-buffer, from which SAC updates its networks. While it does, the next round may already be played, by
-the policy as it was before. Nothing here knows CLIP.
+vision model. In a round, the policy acts in many environments for the length of an episode, and
+keeps the frames. One call of `reward_fn(frames) -> rewards` labels them all: it gives each frame
+its reward. The labelled transitions go to a replay buffer, a store from which SAC draws random
+batches to update its networks. While it does, the next round may already be played, by the policy
+as it was before. Nothing here knows CLIP, and the networks never see a frame.
 
 SAC (Haarnoja et al. 2018, "Soft Actor-Critic Algorithms and Applications", arXiv:1812.05905) has
 
-    an actor       the policy pi(a|s), a random choice of actions, whose spread it learns
-    two critics    Q(s, a), the discounted sum of rewards that is to be expected after an action a
-                   in a state s, plus a bonus for the policy's randomness (its entropy). The actor
-                   seeks whatever a critic overrates, so the lower of two estimates counts. The
-                   critics learn from estimates of the next state; slow copies of the critics
-                   give these, so that the critics do not chase themselves
-    a temperature  the weight of that bonus, tuned until the policy is as random as is wanted
+    an actor       the policy pi(a|s): for each observation a distribution of actions, whose middle
+                   and spread it learns
+    two critics    Q(s, a), the discounted sum that is to be expected after a in s, with a bonus at
+                   each later step for the policy's randomness there, its entropy. V(s) is the same
+                   before a is chosen, with the bonus for s too: the mean over the policy's actions
+                   of Q(s, a) - temperature * log pi(a|s). On average over s',
+                   Q(s, a) = r + gamma V(s'). This is the soft Bellman equation, and the critics
+                   learn to fulfil it. A critic errs, and the actor would pick just what it
+                   overrates; so the lower estimate of two critics counts. And V(s') comes from
+                   copies that follow the critics slowly: from the critics themselves, each update
+                   would at once move the target that it learns from
+    a temperature  the weight of that bonus. It rises while the policy is less random than is
+                   wanted, and falls while it is more
 
     python sac.py    # runs by itself: learns to swing a pendulum up, from the usual reward
 """
@@ -40,15 +52,15 @@ def setting(default: float, meaning: str, least: float = 1e-9, most: float = 1e1
 
 @dataclass
 class Config:
-    """Hyperparameters, chosen for minutes on two CPU cores. [In brackets: the paper's, if others.]
+    """Hyperparameters, chosen for minutes on two CPU cores. [The paper's, where they differ.]
 
     What else differs from the VLM-RM paper's SAC: standardised observations, layer norm in the
     critics, the averaged actor, checkpoints chosen by the reward of evaluations, not of training,
-    rounds played by a policy that has not learned from the round before yet, and episodes that are
-    cut off, so that what would follow still counts (in the authors' code they end).
+    and rounds that are played while the round before is still being learned from. And when an
+    episode's time is up, it counts as if it went on; in the authors' code nothing follows.
     """
 
-    steps: int = setting(60_000, "environment steps in all [10 million]")
+    steps: int = setting(60_000, "environment steps, rounded up to whole rounds [10 million]")
     learning_starts: int = setting(4_800, "first steps, without updates [50,000, random actions]")
     round_steps: int = setting(100, "steps of an episode, and of each environment in a round")
     updates_per_step: float = setting(0.25, "gradient updates for each environment step [1/32]")
@@ -331,7 +343,7 @@ def label(reward_fn: Callable, frames: np.ndarray) -> np.ndarray:
 def evaluate(
     envs: VectorEnv, act: Callable, reward_fn: Callable | None, episodes: int, seed: int, steps: int
 ) -> Transitions:
-    """Some episodes, side by side: as of rollout with N = episodes, seeds seed, seed + 1, ..."""
+    """`episodes` episodes, of seeds seed, seed + 1, and so on: Transitions with N = episodes."""
     firsts = range(seed, seed + episodes, envs.num_envs)
     parts = [rollout(envs, act, steps, reward_fn, first) for first in firsts]
     return Transitions(*(x[:, :episodes] for x in side_by_side(parts)))
@@ -400,7 +412,9 @@ class Player:
         return self.play(*self.jobs.pop(0))
 
     def play(self, weights: dict, start: int, first: int = 0, count: int | None = None) -> tuple:
-        """The same, or a worker's part: the environments first, first + 1, ... of count in all."""
+        """What finish returns. A worker (support/workers.py) plays a part of it: of `count`
+        environments in all, as many as it has, from number `first` on.
+        """
         config, mine, count = self.config, self.envs.num_envs, count or self.envs.num_envs
         self.agent.load_state_dict(weights)
         played = evaluation = None
@@ -414,7 +428,7 @@ class Player:
             noise = iter(torch.from_numpy(noise[:, first : first + mine]).float())
             act = lambda obs: self.agent.act(obs, next(noise))  # noqa: E731
             # Training shares no seed with evaluations: its own begin at 10^10, those of evaluations
-            # (below, the same each time) at 10^9, those of a final judgement (in main) at 2 * 10^9.
+            # (below, the same each time) at 10^9, those of a final judgement at 2 * 10^9.
             seed = 10**10 * (config.seed + 1) + start + first
             played = rollout(self.envs, act, config.round_steps, self.reward_fn, seed)
         if self.is_evaluated(start, config.round_steps * count):
@@ -452,6 +466,14 @@ class Progress:
 def train(agent: SAC, player: Player, progress: Progress | None = None) -> Iterator[dict]:
     """Algorithm 1. Yields a dict after each round. At the end the agent has its best weights.
 
+        until all steps are played:
+            play a round with the policy: observations, actions, frames        rollout
+            label all frames at once: rewards                                  reward_fn
+            put the transitions into the replay buffer                         buffer.add
+            after the first steps: update the networks, from random batches    learn
+            now and then: let the policy without its randomness play some
+            episodes apart, and keep the weights that earn most in these       evaluate
+
     player: plays and labels. Evaluations, of the deterministic policy, choose the best weights by
     reward alone. progress: where to resume.
 
@@ -466,8 +488,8 @@ def train(agent: SAC, player: Player, progress: Progress | None = None) -> Itera
     player.forget()
     player.begin(progress.weights, progress.steps)
     for start in range(progress.steps, config.steps, round_size):
-        # Begin the next round with the weights of now, then collect this one, which was begun with
-        # older ones. What is learned below first plays the round after the next.
+        # Playing is one round ahead of learning: the next round begins with the weights of now,
+        # before this one is learned from. What is learned below first plays the round after that.
         steps, weights = start + round_size, progress.weights
         progress.steps, progress.weights = steps, copy.deepcopy(agent.state_dict())
         if steps < config.steps:
@@ -483,7 +505,7 @@ def train(agent: SAC, player: Player, progress: Progress | None = None) -> Itera
         progress.buffer.add(rows)
         agent.norm.update(rows[:, : agent.obs_size].to(agent.device))
 
-        # Learn, in smaller and smaller steps, so that the policy comes to rest.
+        # Learn, at a falling learning rate, so that the policy comes to rest.
         if steps >= config.learning_starts:
             torch.manual_seed(10**10 * config.seed + start)  # for batches and the policy's noise
             learning_rate = config.learning_rate * (1 - start / config.steps)

@@ -5,7 +5,7 @@ kneeling": a frozen CLIP compares it with the rendered frame of each time step, 
 two match is the reward. This file is the method:
 
     1. the reward     equations (2) and (3), functions of embeddings
-    2. CLIP           from pictures and sentences to embeddings, and equation (1), which joins both
+    2. CLIP           embeddings of pictures and of sentences; equation (1), their reward
     3. the scene      from the simulator's state to the picture that CLIP sees
     4. the tasks      sentences, and for each a judge that reads the simulator, never CLIP
     5. EPIC           equation (4): is a reward worth training on?
@@ -23,17 +23,18 @@ on any machine. It never saw this robot, its scene or its camera: it was trained
 other bodies. But it knows nothing except their poses, in some 170 phrases, unlike the real CLIPs
 that --model names.
 
-Sections 1 and 2 begin with their own imports and can be copied into other code (which then names a
-model, or has a copy of tinyclip/ too).
+Sections 1 and 2 begin with their own imports and can be copied into other code. Name a model there,
+or copy tinyclip/ as well.
 
 The method is by Rocamonde, Montesinos, Nava, Perez and Lindner, "Vision-Language Models are
 Zero-Shot Reward Models for Reinforcement Learning", ICLR 2024, arXiv:2310.12921. Numbers of
-equations, tables and sections are that paper's.
+equations, tables, figures and appendices are that paper's.
 """
 
 # --------------------------------------------------------------------------------------------------
-# 1. The reward. Functions of embeddings that need torch alone. `state` is the embedding of psi(s),
-# the picture of a state s; `goal` and `baseline` are embeddings of sentences.
+# 1. The reward: functions of embeddings that need torch alone. `state` is the embedding of a
+# state's picture, psi(s) in the paper; `goal` and `baseline` are embeddings of sentences. In the
+# formulas, s, g and b are these three at norm 1.
 
 import torch
 import torch.nn.functional as F
@@ -54,10 +55,15 @@ def goal_baseline_reward(state: Tensor, goal: Tensor, baseline: Tensor, alpha: f
     """Equation (3), Definition 1: the goal-baseline regularized reward.
 
     A picture's embedding says much that has nothing to do with the task: floor, sky, style. What
-    the task changes lies along the direction from a baseline sentence ("a humanoid robot") to the
-    goal ("a humanoid robot kneeling"). L is the line through both, and what lies off L counts as
-    floor, sky and style. So the embedding is moved towards its projection on L: not at all if alpha
-    is 0, all the way if it is 1. The nearer it then is to the goal, the higher the reward.
+    the task changes is taken to lie along L, the line through a baseline sentence ("a humanoid
+    robot") and the goal ("a humanoid robot kneeling"). What lies off L counts as floor, sky and
+    style. So the embedding is moved towards its projection on L: not at all if alpha is 0, all the
+    way if it is 1. The nearer it then is to the goal, the higher the reward:
+
+        R(s) = 1 - |alpha proj_L s + (1 - alpha) s - g|^2 / 2
+
+    Two sentences may not say everything about a task. Alpha 1 loses what of it lies off L. Which
+    alpha is best has to be tried.
 
     state (B, D), goal (D,), baseline (D,), of any norm; alpha in [0, 1]. Returns (B,), at most 1.
     Raises ValueError where clip_reward does, for alpha outside [0, 1], and if goal and baseline are
@@ -310,9 +316,10 @@ def resize(x: Tensor, size: tuple[int, int], mode: str, interpolation: str) -> T
 # 3. The scene: psi(s), the picture of a state. In the paper, kneeling's success rose from 36% to
 # 100% with realistic textures and a camera that shows the robot's height (Fig. 3, App. C.2).
 #
-# MuJoCo in five words: a *spec* is a scene that can be edited. Compiled, it is a *model*, which
+# Five words of MuJoCo: a *spec* is a scene that can be edited. Compiled, it is a *model*, which
 # never changes. *Data* is what changes: joints' positions qpos, and computed from them the places
-# (xpos) and axes (xmat) of bodies. A *body* is a rigid part, a *geom* a shape that it is drawn as.
+# (xpos) and axes (xmat) of bodies. A *body* is a rigid part, a *geom* a shape of it, which is drawn
+# and collides.
 
 import contextlib
 import functools
@@ -346,10 +353,11 @@ PAINT |= dict.fromkeys(["foot", "hand"], ORANGE)
 class Scene:
     """Gymnasium's humanoid in a scene, and a camera that follows it over the floor.
 
-    size: (height, width) of the frames in pixels, or one number for both. look: "realistic", or
-    "original" for Gymnasium's own colours. camera: by default where the paper has it. effects:
-    shadows, reflections, smooth edges, for people. CLIP tells a pose without them (shown for the
-    embedded one alone), and drawing is many times as fast. How the robot moves is the same in all.
+    size: (height, width) of the frames in pixels, or one number for both. look: "realistic" (the
+    paper's word, our own textures), or "original" for Gymnasium's own colours. camera: by default
+    where the paper has it. effects: shadows, reflections and smooth edges, for people. CLIP does
+    without them (tried with the embedded one alone), and drawing is faster. How the robot moves is
+    the same in all.
     """
 
     def __init__(
@@ -415,7 +423,7 @@ def simplify(spec: mujoco.MjSpec):
     quality, floor, tiles = spec.visual.quality, spec.geom("floor"), spec.material("MatPlane")
     quality.offsamples, quality.numslices, quality.numstacks = 0, 8, 6
     floor.size = (5, 5, 0.125)  # as drawn; as an obstacle, a plane has no end
-    tiles.texrepeat = [repeat / 4 for repeat in tiles.texrepeat]  # a quarter as wide as before
+    tiles.texrepeat = [repeat / 4 for repeat in tiles.texrepeat]  # of the same size as before
 
 
 def each_state(model: mujoco.MjModel, states: np.ndarray) -> Iterator[mujoco.MjData]:
@@ -454,8 +462,8 @@ class Pose(NamedTuple):
     "..." are none for one pose, (N,) for N of them.
     """
 
-    up: np.ndarray  # (..., 3) the torso's upward axis: up[2] is 1 upright, 0 lying, -1 head down
-    facing: np.ndarray  # (..., 3) the torso's forward axis: facing[2] is 1 face up
+    up: np.ndarray  # (..., 3) the torso's upward axis: its z is 1 upright, 0 lying, -1 head down
+    facing: np.ndarray  # (..., 3) the torso's forward axis: its z is 1 face up
     head: np.ndarray  # (..., 3)
     pelvis: np.ndarray  # (..., 3)
     shoulders: np.ndarray  # (..., 2, 3), and so the rest
@@ -471,8 +479,8 @@ def measure(model: mujoco.MjModel, data: mujoco.MjData) -> Pose:
     mujoco.mj_kinematics(model, data)
     torso = data.body("torso").xmat.reshape(3, 3)  # its columns: forward, left, up
     pelvis = data.body("pelvis").xmat.reshape(3, 3)
-    # Which way is the robot turned? Its left tells, along the floor. Its front would not where it
-    # lies on its back, for then that points up.
+    # Which way is the robot turned? Its left side tells, unless it lies on a side. Its front would
+    # not where it lies on its back or face.
     left = pelvis[:2, 1] / max(np.linalg.norm(pelvis[:2, 1]), 1e-6)
     forward = left[1], -left[0]
     turn = np.array([[*forward, 0], [*left, 0], [0, 0, 1]])  # its rows are x, y, z
@@ -486,7 +494,7 @@ def measure(model: mujoco.MjModel, data: mujoco.MjData) -> Pose:
         facing=turn @ torso[:, 0],
         head=points(data.geom, "head")[0],
         pelvis=points(data.body, "pelvis")[0],
-        # the place of a limb's body is the joint at which it begins
+        # a limb's body begins at its upper joint: the upper arm's place is the shoulder
         shoulders=points(data.body, "left_upper_arm", "right_upper_arm"),
         elbows=points(data.body, "left_lower_arm", "right_lower_arm"),
         hands=points(data.geom, "left_hand", "right_hand"),
@@ -518,11 +526,11 @@ def holds(condition: Condition, p: Pose) -> np.ndarray:
 
 
 def upright(p: Pose) -> np.ndarray:
-    return p.up[..., Z] > 0.7  # the torso leans less than 45 degrees
+    return p.up[..., Z] > 0.7  # the torso leans by at most 45 degrees or so
 
 
 def lotus(p: Pose) -> dict:
-    """Seated, both knees on the floor and turned out, both feet further in than the knees."""
+    """Seated, both knees on the floor, turned out and not behind; the feet further in than they."""
     out = p.knees[..., Y] * SIDES  # (..., 2)
     return {
         "seated upright": upright(p) & (p.pelvis[..., Z] < 0.32),
@@ -590,9 +598,9 @@ def on_hips(p: Pose) -> dict:
 
 
 def crossed(p: Pose) -> dict:
-    """Forearms really crossed before the chest: each hand past the middle, beyond its elbow.
+    """Forearms really crossed in front of the chest: each hand past the middle, beyond its elbow.
 
-    It is measured along the torso's axes, because arms hang on it, however the waist is turned.
+    It is measured along the torso's axes: the arms turn with the torso, not with the pelvis.
     """
     axes = np.stack([p.facing, np.cross(p.up, p.facing), p.up], -1)  # (..., 3, 3) x, y, z
     middle = p.shoulders.mean(-2, keepdims=True)
@@ -653,18 +661,20 @@ def success_rates(success: np.ndarray) -> tuple[float, float]:
 def epic_distance(reward_a: np.ndarray, reward_b: np.ndarray, gamma: float = 0.99) -> float:
     """Equation (4), Definition 2: D = sqrt(1 - rho) / sqrt(2), rho the correlation of two rewards.
 
-    Potential shaping adds gamma phi(s') - phi(s) to a reward R(s, a, s'), for any function phi of
-    states. It leaves the best policies as they are, and so do a factor above 0 and a shift. Rewards
-    that differ by these alone have distance 0; unrelated ones have 0.71, opposite ones 1.
+    What leaves the best policies as they are should not count: a factor above 0, a shift, and
+    potential shaping, which adds gamma phi(s') - phi(s) to a reward R(s, a, s'), for any function
+    phi of states. Rewards that differ by these alone have distance 0; unrelated ones have 0.71,
+    opposite ones 1. (Not the other way round: rewards may be far apart and have the same best
+    policies.)
 
         goal = holds(kneeling, measure_states(scene.model, states))
         epic_distance(reward_fn(render_states(scene, states)), goal)
 
-    Both have the same shape. (N,), as here, for rewards that depend on s' alone: taking shaping out
-    would only subtract a constant (Lemma 1), so it is not done. Or (n, m, n): the rewards
-    R(s, a, s') of a finite problem with n states, m actions and a discount gamma in [0, 1];
-    canonically_shaped, below, takes the shaping out. Raises ValueError for other shapes, for NaN,
-    and for a reward that is constant, or nothing but shaping.
+    Both have the same shape. Rewards of states alone, as here, are (N,). For these there is no
+    shaping to take out: that would only subtract a constant (Lemma 1). Small finite problems may
+    have (n, m, n) instead, the rewards R(s, a, s') of n states and m actions, and a discount gamma
+    in [0, 1]; canonically_shaped, below, takes the shaping out. Raises ValueError for other shapes,
+    for NaN, and for a reward that is constant, or nothing but shaping.
     """
     a, b = (np.asarray(reward, dtype=np.float64) for reward in (reward_a, reward_b))
     if a.shape != b.shape or a.ndim not in (1, 3) or a.shape[0] != a.shape[-1]:
@@ -714,7 +724,9 @@ def auc(reward: np.ndarray, goal: np.ndarray) -> float:
 
 
 # --------------------------------------------------------------------------------------------------
-# 6. Training: the humanoid's frames, CLIP's rewards for them, and SAC, which learns from both.
+# 6. Training. The policy never sees a picture: it acts on what Gymnasium's humanoid observes of
+# itself, 348 numbers such as angles, velocities and forces. The picture goes to CLIP alone, and
+# what CLIP says of it is the reward. SAC (sac.py) learns from observations, actions and rewards.
 
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 from gymnasium.wrappers import TimeLimit
@@ -760,7 +772,7 @@ def make_envs(
     scene: Scene, condition: Condition | None = None, count: int = 16, episode_steps: int = 100
 ) -> VectorEnv:
     """`count` humanoids that share a scene. An episode of 100 steps lasts 1.5 seconds."""
-    # DISABLED: what is done waits until it is reset, which sac.rollout does.
+    # DISABLED: an environment whose episode ended waits for a reset, which sac.rollout gives it.
     makers = [lambda: TimeLimit(Humanoid(scene, condition), episode_steps)] * count
     return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.DISABLED)
 
@@ -772,7 +784,7 @@ def prepare(
     scene: Scene | None = None,
     count: int = 16,
 ) -> tuple[sac.SAC, sac.Player]:
-    """An untrained agent, and what plays for it: sac.train takes both.
+    """An untrained agent, and a player that plays its rounds: sac.train takes both.
 
     scene: left out, one with frames of the size that this CLIP reads. count: environments that
     step together.
@@ -797,12 +809,13 @@ def train(
         for row in train("a humanoid robot kneeling"):
             print(row)
 
-    A row is that of sac.train, with success by the paper's rule: NaN for a sentence that is no
-    task's. To keep the policy, call `prepare` and sac.train as is done here.
+    A row is that of sac.train, with success by the paper's rule: NaN for a sentence that has no
+    condition. To keep the policy, call `prepare` and sac.train as is done here. The command line
+    (support/training.py) does the same, and more around it: files, workers, a progress bar.
     """
     reward_fn = VLMReward(clip or CLIP(), goal_prompt, baseline_prompt, alpha)
     judges = {prompt: condition for prompt, condition in JUDGED.values()}  # section 8 has them all
-    condition = judges.get(goal_prompt)  # None for a sentence that is no task's
+    condition = judges.get(goal_prompt)  # None for any other sentence
     agent, player = prepare(reward_fn, sac.Config(**settings), condition)
     for row in sac.train(agent, player):
         for key in {"success", "eval_success"} & row.keys():
@@ -874,7 +887,7 @@ class VLMRewardVectorWrapper(VectorWrapper):
 
 
 def draw(env: gymnasium.Env) -> np.ndarray:
-    """env.render(), whatever else draws. Gymnasium's MuJoCo renderer expects to be alone."""
+    """env.render(), beside other code that draws. Gymnasium's renderer expects to be alone."""
     renderer = getattr(env.unwrapped, "mujoco_renderer", None)
     with opengl() if renderer else contextlib.nullcontext():
         if renderer and renderer.viewer:

@@ -45,20 +45,21 @@ def add_train(command):
     group = command.add_argument_group("the task")
     add(group, "prompt", "the goal in a sentence, or in several to be averaged", nargs="*")
     meaning = "one of the paper's eight, a combination that tinyclip was never shown, or another: "
-    meaning += "its prompt, unless one is given, and its success condition. Left out: kneeling"
+    meaning += "its prompt, unless one is given, and its success condition. Left out: kneeling; "
+    meaning += "with a prompt, the task of that prompt, if there is one"
     add(group, "--task", meaning, choices=JUDGED)
-    meaning = "strength of the projection, from 0 (plain CLIP) to 1"
+    meaning = "strength of the projection, from 0 (plain CLIP) to 1 [0 in the paper's Table 1]"
     add(group, "--alpha", meaning, type=float, default=0.5)
     add_clip(command.add_argument_group("the CLIP"))
     group = command.add_argument_group("the scene")
     looks = dict(choices=["realistic", "original"], default="realistic")
     add(group, "--look", "the colours; original is Gymnasium's own. Left out: realistic", **looks)
     add(group, "--distance", "of the camera, in m", type=float, default=CAMERA["distance"])
-    meaning = "of its gaze, in degrees"
+    meaning = "how far up the camera looks, in degrees; below 0, down"
     add(group, "--elevation", meaning, type=float, default=CAMERA["elevation"])
-    meaning = "in degrees: 180 sees the front"
+    meaning = "direction of the camera's look, in degrees; 180 sees the robot's front at the start"
     add(group, "--azimuth", meaning, type=float, default=CAMERA["azimuth"])
-    meaning = "of the point that it looks at, in m"
+    meaning = "of the point that the camera looks at, in m"
     add(group, "--height", meaning, type=float, default=float(CAMERA["lookat"][2]))
     group = command.add_argument_group("learning, by SAC. In [brackets]: the paper's, if different")
     add(group, "--envs", "environments that step together [32]", type=int, default=16)
