@@ -306,7 +306,7 @@ def rollout(
 
     The frames of all steps are labelled by one call of reward_fn, frames -> rewards; if it is None,
     a step has the environments' own reward. act: observations (N, O) -> actions (N, A)
-    in [-1, 1], which are stretched to the environments' own range.
+    in [-1, 1], which are stretched to the environments' own range. Raises ValueError for NaN.
     """
     low, high = envs.single_action_space.low, envs.single_action_space.high
     played, frames = [], []
@@ -325,10 +325,12 @@ def rollout(
         # Where an episode ended early, another begins. (After the last step nobody plays it.)
         obs = np.copy(envs.reset(options={"reset_mask": done})[0]) if done.any() else next_obs
     transitions = Transitions(*(np.stack(values) for values in zip(*played)))
-    if reward_fn is None:
-        return transitions
-    rewards = label(reward_fn, np.stack(frames))  # (T * N,), in one call
-    return transitions._replace(reward=rewards.reshape(steps, envs.num_envs))
+    if reward_fn is not None:
+        rewards = label(reward_fn, np.stack(frames))  # (T * N,), in one call
+        transitions = transitions._replace(reward=rewards.reshape(steps, envs.num_envs))
+    if not all(np.isfinite(x).all() for x in transitions[:4]):
+        raise ValueError("observations or rewards of the environments are NaN or infinite")
+    return transitions
 
 
 def label(reward_fn: Callable, frames: np.ndarray) -> np.ndarray:
@@ -500,8 +502,6 @@ def train(agent: SAC, player: Player, progress: Progress | None = None) -> Itera
         # Move the transitions to the replay buffer.
         columns = [x.reshape(round_size, -1) for x in played[:5]]  # all but success
         rows = torch.from_numpy(np.concatenate(columns, 1, dtype=np.float32))
-        if not rows.isfinite().all():
-            raise ValueError("observations or rewards of the environments are NaN or infinite")
         progress.buffer.add(rows)
         agent.norm.update(rows[:, : agent.obs_size].to(agent.device))
 

@@ -848,6 +848,7 @@ class Point(gymnasium.Env):
 
     metadata, render_mode = dict(render_modes=["rgb_array"]), "rgb_array"
     observation_space, action_space, ends = box(2), box(2, -0.3, 0.1), False
+    reward = -1.0
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
@@ -856,7 +857,7 @@ class Point(gymnasium.Env):
 
     def step(self, action):
         self.place = np.clip(self.place + action, -1, 1).astype(np.float32)
-        return self.place, -1.0, self.ends, False, {}
+        return self.place, self.reward, self.ends, False, {}
 
     def render(self):
         frame = np.zeros((41, 41, 3), np.uint8)
@@ -1067,6 +1068,16 @@ def test_rewards_that_are_not_one_number_a_frame_are_refused(reward):
         env.reset(seed=0)
         with pytest.raises(ValueError, match="number each"):
             env.step(env.action_space.sample())
+
+
+def test_rewards_of_an_environment_that_are_nan_are_refused_in_training_and_evaluation():
+    envs = points(env=type("Broken", (Point,), dict(reward=np.nan)))
+    act = lambda obs: np.zeros((len(obs), 2), np.float32)  # noqa: E731
+    with pytest.raises(ValueError, match="NaN"):
+        sac.rollout(envs, act, 5, None, 0)
+    with pytest.raises(ValueError, match="NaN"):
+        sac.evaluate(envs, act, None, 8, 0, 5)
+    assert sac.rollout(envs, act, 5, nearness, 0).reward.max() <= 1  # there they do not count
 
 
 def test_stable_baselines3_learns_from_a_clip_reward(clip):
