@@ -1,4 +1,4 @@
-"""Where would a policy be misled? In two minutes on 2 cores with the embedded CLIP:
+"""Where would a policy be misled? In some minutes on 2 cores, with the embedded CLIP:
 
     python evaluation/climb.py
 

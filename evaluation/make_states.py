@@ -3,12 +3,14 @@
     python evaluation/make_states.py
 
 They are of this robot, of which the embedded CLIP saw no state in training. All are labelled by the
-tasks' success conditions when they are used. For each of the eight tasks:
+tasks' success conditions when they are used. The file that comes with this repository was made with
+an earlier embedded CLIP, and crossed arms were judged a little differently. To run this replaces it
+by other states. For each of the eight tasks:
 
     scripted NAME      150 that meet its condition, from the joint angles below, jittered, with
                        random arms
-    half-trained NAME  60 from the middle of a SAC run of 40,000 steps on an earlier embedded
-                       CLIP's reward for the task
+    half-trained NAME  60 from the middle of a SAC run of 40,000 steps on the embedded CLIP's reward
+                       for the task
     trained NAME       120 from the last tenth of that run
 
 and 300 that are blends of two such scripts or have a leg of each, 200 of uniformly random joints,

@@ -241,7 +241,7 @@ def held_out(p: Pose) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------
 # Sentences, and of which labels they are true
 
-LEG_PHRASES = [  # none for front_splits: hardly any body gets there
+LEG_PHRASES = [  # none of its own for front_splits: hardly any body gets there
     (
         "kneeling|on its knees|kneeling on both knees|kneeling down|on both knees"
         "|kneeling on the floor",

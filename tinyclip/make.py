@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python tinyclip/make.py
 
-What it is, plainly: a small CLIP that knows one thing, how humanoid bodies are posed. Like the
-paper's, it never saw the robot that it judges: it learns from pictures of other bodies in other
-scenes. Unlike the paper's, it knows nothing else.
+What it is, plainly: a small CLIP that knows one thing, how humanoid bodies are posed. It never saw
+the robot that it judges: it learns from pictures of other bodies in other scenes. Unlike the
+paper's CLIPs, it knows nothing else.
 
     1. bodies     at random: other limbs, shapes and colours, in other scenes, seen by other cameras
                   (bodies.py)
