@@ -14,7 +14,11 @@ The numbers in assets/runs/ceiling.csv are of
     python benchmarks/ceiling.py arms-raised hands-on-hips arms-crossed --steps 150000
     python benchmarks/ceiling.py arms-crossed --steps 150000 --hands 5
 
-and the splits with --steps 100000, without pink noise, reached 0%.
+and the splits with --steps 100000, without pink noise, reached 0%. These are of the settings before
+version 0.3.0. With those since 0.6.0:
+
+    python benchmarks/ceiling.py splits --steps 200000
+    python benchmarks/ceiling.py arms-crossed --steps 100000
 """
 
 import argparse
