@@ -4,8 +4,8 @@
 
 They are of this robot, of which the embedded CLIP saw no state in training. All are labelled by the
 tasks' success conditions when they are used. The file that comes with this repository was made with
-an earlier embedded CLIP, and crossed arms were judged a little differently. To run this replaces it
-by other states. For each of the eight tasks:
+an earlier embedded CLIP, and crossed arms were judged from the pelvis. Running this replaces it by
+other states. For each of the eight tasks:
 
     scripted NAME      150 that meet its condition, from the joint angles below, jittered, with
                        random arms
